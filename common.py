@@ -1,0 +1,800 @@
+"""What Pare's scripts share: constants, checkpoints, the table of model families, text, and safe writing.
+
+Nothing here is a setting, and importing it does nothing. Shapes: T tokens of a row, L layers.
+"""
+
+import ast
+import difflib
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import tokenize
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+
+class PareError(ValueError):
+    """A user's mistake, in one or two lines: the constant, what it was, and what would work."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants: every annotated capital at the top of a script, settable as NAME=value on the command line
+
+
+def constants_of(script: types.ModuleType) -> dict[str, str]:
+    """The names of a script's constants with the comments beside them, in order."""
+    source = inspect.getsource(script)
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    return {
+        node.target.id: comments.get(node.end_lineno, "")
+        for node in ast.parse(source).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id.isupper()
+    }
+
+
+KIND_NAMES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    types.NoneType: "None",
+    list[int]: "a list of whole numbers such as [4, 5]",
+}
+
+
+def kinds_of(script: types.ModuleType, name: str) -> tuple:
+    hint = script.__annotations__[name]
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def has_kind(value, kind) -> bool:
+    if kind == list[int]:
+        return isinstance(value, list) and all(has_kind(item, int) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind
+
+
+def read_constants(script: types.ModuleType) -> dict:
+    """The script's constants as they are now. Raises PareError for one of the wrong kind."""
+    values = {name: getattr(script, name) for name in constants_of(script)}
+    for name, value in values.items():
+        kinds = kinds_of(script, name)
+        if not any(has_kind(value, kind) for kind in kinds):
+            raise PareError(f"{name} = {value!r} must be {' or '.join(KIND_NAMES[kind] for kind in kinds)}.")
+    return values
+
+
+def override_constants(script: types.ModuleType, arguments: list[str]) -> None:
+    """Set constants from `NAME=value` arguments: a Python literal where that has the right kind, else text."""
+    names = constants_of(script)
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not equals or name not in names:
+            nearest = difflib.get_close_matches(name.lstrip("-").upper().replace("-", "_"), names, n=3, cutoff=0.5)
+            advice = f"Did you mean {' or '.join(nearest)}?" if nearest else f"The constants are: {', '.join(names)}."
+            what = f"there is no constant {name}" if equals else f"{argument!r} is not of the form NAME=value"
+            raise PareError(f"{what}. {advice}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        kinds = kinds_of(script, name)
+        if str in kinds and not any(has_kind(value, kind) for kind in kinds):
+            value = text
+        setattr(script, name, value)
+    read_constants(script)
+
+
+def print_help(script: types.ModuleType) -> None:
+    print(script.__doc__.strip(), "\n\nConstants (edit them in the script, or give NAME=value on the command line):\n")
+    for name, comment in constants_of(script).items():
+        print(f"  {name} = {getattr(script, name)!r}" + (f"  # {comment}" if comment else ""))
+
+
+def run(script: types.ModuleType) -> None:
+    """Run a script from the command line: overrides, main(), and a user's mistake as one message and exit code 1."""
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        print_help(script)
+        return
+    try:
+        override_constants(script, arguments)
+        script.main()
+    except PareError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def check_choice(name: str, value, choices: Iterable) -> None:
+    if value not in choices:
+        raise PareError(f"{name} = {value!r}; choose one of {', '.join(map(repr, choices))}.")
+
+
+def check_positive(constants: dict, *names: str) -> None:
+    for name in names:
+        if constants[name] <= 0:
+            raise PareError(f"{name} = {constants[name]} must be greater than 0.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device, versions, progress
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first of cuda, mps and cpu that is there. Raises PareError for a device that is not."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    found = ["auto", *(kind for kind, there in available.items() if there)]
+    kind, _, index = name.partition(":")
+    there = available.get(kind, False)
+    if kind == "cuda" and there:
+        found += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        there = not index or (index.isdigit() and int(index) < torch.cuda.device_count())
+    elif index:
+        there = False
+    if not there:
+        raise PareError(f"DEVICE = {name!r} is not there; this machine has {', '.join(map(repr, found))}.")
+    return torch.device(name)
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
+    check_choice("DTYPE", name, ["auto", *DTYPES])
+    return DTYPES.get(name, torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+def run_record(script: types.ModuleType, **more) -> dict:
+    """What stands beside every output: script, constants, versions, git commit of Pare, and whatever else is given."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        git = ""
+    packages = ("torch", "transformers", "datasets", "accelerate", "safetensors")
+    return {
+        "script": Path(script.__file__).name,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "constants": read_constants(script),
+        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in packages},
+        "git_commit": git or None,
+        **more,
+    }
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except ModuleNotFoundError:  # e.g. `datasets`, where only packed rows are read
+        return None
+
+
+class Progress:
+    """One progress bar in a terminal; elsewhere a plain line every ten seconds."""
+
+    def __init__(self, total: int, unit: str, description: str, done: int = 0):
+        self.bar = tqdm(total=total, unit=unit, desc=description, initial=done, disable=None, dynamic_ncols=True)
+        self.total, self.unit, self.description, self.done = total, unit, description, done
+        self.last = time.monotonic()
+
+    def update(self, amount: int, text: str = "") -> None:
+        self.done += amount
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(amount)
+        if self.bar.disable and (time.monotonic() - self.last > 10 or self.done >= self.total):
+            self.last = time.monotonic()
+            print(f"{self.description}: {self.done}/{self.total} {self.unit}  {text}".rstrip(), flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def print_table(rows: list[list]) -> None:
+    """Print rows of cells in aligned columns, the first left and the others right."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  " + "  ".join(cells).rstrip())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model families. To add one: a row of FAMILIES that names every tensor of its checkpoints and the axes each is cut on.
+
+HIDDEN, NEURONS, QUERY, KEY_VALUE = "hidden", "neurons", "query", "key_value"  # channels that pruning selects
+WHOLE = None  # an axis that is never cut (the vocabulary, one head's width)
+
+BODY = {  # tensor -> the channels along its axes; `*` is a layer's number
+    "model.embed_tokens.weight": (WHOLE, HIDDEN),
+    "model.layers.*.self_attn.q_proj.weight": (QUERY, HIDDEN),
+    "model.layers.*.self_attn.k_proj.weight": (KEY_VALUE, HIDDEN),
+    "model.layers.*.self_attn.v_proj.weight": (KEY_VALUE, HIDDEN),
+    "model.layers.*.self_attn.o_proj.weight": (HIDDEN, QUERY),
+    "model.layers.*.mlp.gate_proj.weight": (NEURONS, HIDDEN),
+    "model.layers.*.mlp.up_proj.weight": (NEURONS, HIDDEN),
+    "model.layers.*.mlp.down_proj.weight": (HIDDEN, NEURONS),
+    "model.norm.weight": (HIDDEN,),
+    "lm_head.weight": (WHOLE, HIDDEN),
+}
+ATTENTION_BIASES = {
+    "model.layers.*.self_attn.q_proj.bias": (QUERY,),
+    "model.layers.*.self_attn.k_proj.bias": (KEY_VALUE,),
+    "model.layers.*.self_attn.v_proj.bias": (KEY_VALUE,),
+    "model.layers.*.self_attn.o_proj.bias": (HIDDEN,),
+}
+MLP_BIASES = {
+    "model.layers.*.mlp.gate_proj.bias": (NEURONS,),
+    "model.layers.*.mlp.up_proj.bias": (NEURONS,),
+    "model.layers.*.mlp.down_proj.bias": (HIDDEN,),
+}
+PRE_NORMS = {
+    "model.layers.*.input_layernorm.weight": (HIDDEN,),
+    "model.layers.*.post_attention_layernorm.weight": (HIDDEN,),
+}
+POST_NORMS = {
+    "model.layers.*.post_attention_layernorm.weight": (HIDDEN,),
+    "model.layers.*.post_feedforward_layernorm.weight": (HIDDEN,),
+}
+QK_NORMS_OVER_ALL_HEADS = {
+    "model.layers.*.self_attn.q_norm.weight": (QUERY,),
+    "model.layers.*.self_attn.k_norm.weight": (KEY_VALUE,),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What scoring and slicing know of an architecture. Module names are relative to a decoder layer."""
+
+    tensors: dict[str, tuple]  # every tensor a checkpoint may hold -> its axes
+    attention_norm: str  # the norm that belongs to the attention: its output scores the hidden channels
+    feedforward_norm: str  # the norm that belongs to the feed-forward sub-layer
+    neurons_at: str = "mlp.down_proj"  # the module whose input is the neurons
+    heads_at: str = "self_attn.o_proj"  # the module whose input is the heads, side by side
+    per_layer: tuple[str, ...] = ("layer_types",)  # lists in config.json with one entry per layer
+    rope_per_layer_type: bool = False  # rope_parameters must hold an entry for each layer type
+
+
+OLMO = BODY | ATTENTION_BIASES | POST_NORMS | QK_NORMS_OVER_ALL_HEADS
+FAMILIES = {  # model_type in config.json -> family
+    "llama": Family(
+        BODY | ATTENTION_BIASES | MLP_BIASES | PRE_NORMS,
+        attention_norm="input_layernorm",
+        feedforward_norm="post_attention_layernorm",
+    ),
+    "olmo2": Family(OLMO, attention_norm="post_attention_layernorm", feedforward_norm="post_feedforward_layernorm"),
+    "olmo3": Family(
+        OLMO,
+        attention_norm="post_attention_layernorm",
+        feedforward_norm="post_feedforward_layernorm",
+        rope_per_layer_type=True,
+    ),
+}
+
+
+def axes_of(family: Family, tensor: str) -> tuple[tuple, int | None]:
+    """The axes of a tensor of a checkpoint and its layer's number (None outside the layers)."""
+    parts = tensor.split(".")
+    layer = int(parts[2]) if tensor.startswith("model.layers.") and parts[2].isdigit() else None
+    pattern = tensor if layer is None else ".".join(["model.layers.*", *parts[3:]])
+    if pattern not in family.tensors:
+        raise PareError(
+            f"the checkpoint holds a tensor that the table of model families does not know: {tensor}.\n"
+            f"Add {pattern} with its axes to FAMILIES in common.py; nothing is cut by guess."
+        )
+    return family.tensors[pattern], layer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: found, described from their headers, and loaded strictly
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint on disk. `config` is config.json as transformers reads it, `raw` as it is written."""
+
+    name: str  # the Hub id or folder that the user gave
+    folder: Path
+    revision: str | None  # resolved commit of a Hub id, None for a folder
+    raw: dict
+    config: transformers.PreTrainedConfig
+    family: Family
+
+    @property
+    def head_dim(self) -> int:
+        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    file: str
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it: BF16, F32, …
+
+
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+LOCAL_OR_DEMO = "A local folder works too, and `uv run demo.py` needs no network."
+
+
+def find_checkpoint(name: str, revision: str | None, constant: str) -> Checkpoint:
+    """Find a model by folder or Hub id (downloading what is not in the cache) and read its config.
+
+    Raises PareError, naming `constant`, for a model that is not there, cannot be reached or is not supported.
+    """
+    check_transformers()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        revision = None
+    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise PareError(f"{constant} = {name!r} is not a folder. Give a folder with a checkpoint, or a Hub id.")
+    else:
+        folder = download_checkpoint(name, revision, constant)
+        revision = folder.name  # the commit
+    if not (folder / "config.json").is_file():
+        raise PareError(f"{constant} = {name!r} holds no config.json, so it is not a Hugging Face checkpoint.")
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise PareError(f"{constant} = {name!r}: config.json is not JSON ({error}). Download it again.") from None
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        raise PareError(
+            f"{constant} = {name!r} is of the family {model_type!r}, which Pare does not know. "
+            f"Supported: {', '.join(FAMILIES)}.\nA new family is a row of FAMILIES in common.py."
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise PareError(f"{constant} = {name!r}: transformers refuses config.json: {first_line(error)}") from None
+    if FAMILIES[model_type].rope_per_layer_type:
+        check_rope(config, f"{constant} = {name!r}")
+    return Checkpoint(name, folder, revision, raw, config, FAMILIES[model_type])
+
+
+def download_checkpoint(name: str, revision: str | None, constant: str) -> Path:
+    """The local snapshot of a Hub repository: safetensors, configs and tokenizer, never a pickle."""
+    from huggingface_hub import errors, snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["original/*"]))
+    except errors.GatedRepoError:
+        raise PareError(
+            f"{constant} = {name!r} is gated: accept its terms on the Hub, then run `hf auth login`. {LOCAL_OR_DEMO}"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise PareError(f"REVISION = {revision!r} does not exist in {constant} = {name!r}.") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise PareError(
+            f"{constant} = {name!r} is neither a folder here nor a model on the Hub (or it is private: "
+            f"`hf auth login`)."
+        ) from None
+    except (OSError, errors.HfHubHTTPError) as error:
+        raise PareError(
+            f"{constant} = {name!r} is not a folder here, and the Hub could not be reached ({first_line(error)}).\n"
+            f"{LOCAL_OR_DEMO}"
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def check_transformers() -> None:
+    """Olmo 3 is computed wrongly by transformers 5.0 to 5.12 (YaRN on the sliding layers too)."""
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 13):
+        raise PareError(
+            f"transformers {transformers.__version__} computes Olmo 3 wrongly; run `uv sync`, or install 5.13 or newer."
+        )
+
+
+def check_rope(config, what: str) -> None:
+    """The rotary parameters must be nested by layer type, the sliding layers without scaling."""
+    rope = config.rope_parameters
+    wrong = not isinstance(rope, dict) or any(not isinstance(rope.get(kind), dict) for kind in set(config.layer_types))
+    if wrong or rope.get("sliding_attention", {}).get("rope_type", "default") != "default":
+        raise PareError(
+            f"{what}: rope_parameters in config.json must have an entry for each of layer_types, and no scaling for "
+            "sliding_attention."
+        )
+
+
+def layer_types_of(config) -> list[str]:
+    """`full_attention` or `sliding_attention` for every layer."""
+    return list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
+
+
+def tensor_infos(checkpoint: Checkpoint, constant: str) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint from the headers of its safetensors files; no weight is read."""
+    folder = checkpoint.folder
+    what = f"{constant} = {checkpoint.name!r}"
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    files = sorted(set(weight_map.values())) or ["model.safetensors"]
+    if any(Path(file).name != file for file in files):
+        raise PareError(f"{what}: {index.name} points outside its folder; this checkpoint is not to be trusted.")
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise PareError(
+            f"{what} lacks {', '.join(missing[:3])}. Pare reads safetensors only; download the model again, or convert "
+            "it with save_pretrained."
+        )
+    infos = {}
+    for file in files:
+        try:
+            with safe_open(folder / file, framework="pt") as shard:
+                for name in shard.keys():
+                    tensor = shard.get_slice(name)
+                    infos[name] = TensorInfo(file, tuple(tensor.get_shape()), tensor.get_dtype())
+        except SafetensorError as error:
+            raise PareError(f"{what}: {file} is damaged ({first_line(error)}). Download the model again.") from None
+    if weight_map and set(weight_map) != set(infos):
+        lost = sorted(set(weight_map) ^ set(infos))
+        raise PareError(f"{what}: {index.name} and the files disagree on {lost[0]}. Download the model again.")
+    return infos
+
+
+def count_parameters(shapes: dict[str, tuple]) -> tuple[int, int]:
+    """Parameters in total, and without the embedding and the LM head."""
+    counts = {name: math.prod(shape) for name, shape in shapes.items()}
+    embeddings = counts.get("model.embed_tokens.weight", 0) + counts.get("lm_head.weight", 0)
+    return sum(counts.values()), sum(counts.values()) - embeddings
+
+
+def hash_checkpoint(checkpoint: Checkpoint, constant: str) -> str:
+    """A hash that tells checkpoints of one shape apart: every tensor's name, shape and a sample of its values."""
+    digest = hashlib.sha256()
+    by_file: dict[str, list[str]] = {}
+    infos = tensor_infos(checkpoint, constant)
+    for name, info in sorted(infos.items()):
+        by_file.setdefault(info.file, []).append(name)
+    for file, names in by_file.items():
+        with safe_open(checkpoint.folder / file, framework="pt") as shard:
+            for name in names:
+                sample = shard.get_slice(name)[:2].contiguous()
+                digest.update(f"{name} {infos[name].shape} {infos[name].dtype}".encode())
+                digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_config(checkpoint: Checkpoint) -> str:
+    return hashlib.sha256(json.dumps(checkpoint.raw, sort_keys=True).encode()).hexdigest()
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, constant: str):
+    """Load a causal language model strictly, in eval mode.
+
+    Safetensors only, no remote code, no missing, unexpected or mismatched key, finite weights; else PareError.
+    """
+    what = f"{constant} = {checkpoint.name!r}"
+    tensor_infos(checkpoint, constant)  # the clear messages come from here
+    transformers.utils.logging.disable_progress_bar()
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # its report of wrong keys; ours is the error below
+    try:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            attn_implementation="sdpa",
+        )
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise PareError(f"{what} does not fit on DEVICE = {str(device)!r}; try DTYPE = 'bfloat16'.") from None
+        raise PareError(f"{what} does not load: {first_line(error)}") from None
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(kind):
+            names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[kind])
+            raise PareError(
+                f"{what}: weights and config.json disagree; {kind.replace('_', ' ')}: {', '.join(names[:3])}"
+                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}. Download the model again."
+            )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise PareError(f"{what}: {name} holds values that are not finite. Download the model again.")
+    return model.eval()
+
+
+def load_tokenizer(checkpoint: Checkpoint, constant: str):
+    """The checkpoint's own tokenizer. Raises PareError where it has none, or no end-of-text token."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise PareError(f"{constant} = {checkpoint.name!r} has no tokenizer that loads: {first_line(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise PareError(f"{constant} = {checkpoint.name!r}: its tokenizer has no end-of-text (eos) token.")
+    return tokenizer
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template and generation config byte for byte."""
+    for path in sorted(source.iterdir()):
+        text_file = path.suffix in {".json", ".jinja", ".txt", ".model"}
+        weights = path.name in {"config.json", "pare.json"} or path.name.endswith(".index.json")
+        if path.is_file() and text_file and not weights:
+            shutil.copyfile(path, target / path.name)
+
+
+def portable_config(raw: dict, config) -> dict:
+    """config.json that old and new readers agree on: nested rope_parameters and the legacy keys beside them.
+
+    transformers before 5 and several runtimes read only `rope_theta` and `rope_scaling`.
+    """
+    rope = config.rope_parameters
+    main = rope.get("full_attention", rope) if config.model_type == "olmo3" else rope
+    scaling = {key: value for key, value in main.items() if key != "rope_theta"}
+    return raw | {
+        "rope_parameters": rope,
+        "rope_theta": main["rope_theta"],
+        "rope_scaling": None if main.get("rope_type", "default") == "default" else scaling,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text: a stream of documents, and rows of tokens packed from it
+
+TEXT_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+def open_text(
+    dataset: str,
+    config: str | None,
+    split: str,
+    column: str,
+    shuffle_seed: int | None = None,
+    constant: str = "DATASET",
+) -> Iterator[str]:
+    """Stream the documents of a dataset: a Hub id, a .jsonl, .json, .parquet or .txt file (one file, one document),
+    a folder of those, or a dataset saved to disk.
+
+    With `shuffle_seed` they come in an order that the seed fixes. Checked before anything is yielded: the dataset is
+    there, has the split and the column, and is not empty; PareError otherwise, naming `constant`.
+    """
+    splits = open_splits(dataset, config, constant)
+    what = f"{constant} = {dataset!r}"
+    if split not in splits:
+        raise PareError(f"DATASET_SPLIT = {split!r}: {what} has the splits {', '.join(map(repr, splits))}.")
+    rows = splits[split]
+    if shuffle_seed is not None:
+        streaming = not hasattr(rows, "__len__")
+        rows = rows.shuffle(seed=shuffle_seed, **({"buffer_size": 10_000} if streaming else {}))
+    documents = read_column(rows, column, what)
+    first = next(documents, None)
+    if first is None:
+        raise PareError(f"{what} is empty.")
+
+    def all_documents():
+        yield first
+        yield from documents
+
+    return all_documents()
+
+
+def read_column(rows: Iterable[dict], column: str, what: str) -> Iterator[str]:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        for row in rows:
+            if column not in row:
+                raise PareError(f"TEXT_COLUMN = {column!r}: {what} has the columns {', '.join(map(repr, row))}.")
+            text = row[column]
+            if not isinstance(text, str):
+                raise PareError(f"TEXT_COLUMN = {column!r} of {what} holds {type(text).__name__}, not text.")
+            if text:
+                yield text
+    except PareError:
+        raise
+    except (ValueError, OSError, DatasetsError) as error:
+        raise PareError(f"{what} cannot be read: {first_line(error)}") from None
+
+
+def file_state(dataset: str) -> list:
+    """Names, sizes and times of a local dataset's files: tells whether it changed. Empty for a Hub id."""
+    path = Path(dataset).expanduser()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def open_splits(dataset: str, config: str | None, constant: str) -> dict:
+    """The splits of a dataset by name, each an iterable of rows. Local files are one split, `train`."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    what = f"{constant} = {dataset!r}"
+    path = Path(dataset).expanduser()
+    saved = ("dataset_dict.json", "dataset_info.json", "state.json")
+    try:
+        if path.is_dir() and any((path / name).is_file() for name in saved):
+            found = datasets.load_from_disk(str(path))
+            return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+        if path.exists():
+            files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in TEXT_FORMATS)
+            formats = {TEXT_FORMATS.get(file.suffix) for file in files}
+            if len(formats) != 1 or None in formats:
+                found = ", ".join(sorted({file.suffix for file in files})) or "none of them"
+                raise PareError(
+                    f"{what} must be, or hold, files of one kind: {', '.join(TEXT_FORMATS)}; found {found}."
+                )
+            if not any(file.stat().st_size for file in files):
+                raise PareError(f"{what} is empty.")
+            options = {"sample_by": "document"} if formats == {"text"} else {}
+            names = [str(file) for file in files]
+            return dict(datasets.load_dataset(formats.pop(), data_files={"train": names}, streaming=True, **options))
+        if dataset.startswith((".", "/", "~")) or path.suffix in TEXT_FORMATS or dataset.count("/") > 1 or not dataset:
+            raise PareError(f"{what} does not exist. Give a file, a folder or a Hub id.")
+        return dict(datasets.load_dataset(dataset, config, streaming=True))
+    except PareError:
+        raise
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise PareError(f"{what} is neither a file here nor a dataset on the Hub ({first_line(error)}).") from None
+    except ConnectionError as error:
+        raise PareError(
+            f"{what} is not a file here, and the Hub could not be reached ({first_line(error)}).\n"
+            "A local .jsonl, .parquet or .txt file works too, and `uv run demo.py` needs no network."
+        ) from None
+    except (ValueError, OSError, RuntimeError, DatasetsError) as error:
+        raise PareError(f"{what} with DATASET_CONFIG = {config!r} cannot be opened: {first_line(error)}") from None
+
+
+def pack_rows(documents: Iterable[str], tokenizer, length: int, vocab_size: int) -> Iterator[tuple]:
+    """Documents, each ended with the end-of-text token, joined and cut into full rows of `length` tokens.
+
+    Yields (input_ids, position_ids), both of `length` whole numbers. Positions restart at every document, and at the
+    start of a row, where what went before is out of sight. The unfinished last row is dropped.
+    """
+    eos = tokenizer.eos_token_id
+    documents, ids, positions = iter(documents), [], []
+    while batch := list(itertools.islice(documents, 64)):  # fast tokenizers work on a batch in parallel
+        for new in tokenizer(batch, verbose=False)["input_ids"]:
+            if not new or new[-1] != eos:
+                new = [*new, eos]
+            if max(new) >= vocab_size:
+                raise PareError(
+                    f"the tokenizer gives token {max(new)}, but the model's vocabulary ends at {vocab_size - 1}; "
+                    "tokenizer and model do not belong together."
+                )
+            taken = 0
+            while len(ids) + len(new) - taken >= length:
+                piece = new[taken : taken + length - len(ids)]
+                yield ids + piece, positions + list(range(len(piece)))
+                taken += len(piece)
+                ids, positions = [], []
+            ids += new[taken:]
+            positions += range(len(new) - taken)
+
+
+def hash_rows(rows: torch.Tensor) -> str:
+    """The fingerprint of token ids: sha256 of their int32 bytes."""
+    return hashlib.sha256(rows.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing: a folder or file appears whole or not at all, and only where Pare wrote before
+
+
+def check_own_folder(path: Path, constant: str) -> None:
+    """Refuse to write over anything but a folder that Pare made (it holds pare.json) or an empty one."""
+    if path.is_dir() and (not any(path.iterdir()) or (path / "pare.json").is_file()):
+        return
+    if path.exists():
+        raise PareError(f"{constant} = {str(path)!r} exists and was not made by Pare. Choose a folder of its own.")
+
+
+@contextmanager
+def new_folder(path: Path, constant: str = "OUTPUT_DIR") -> Iterator[Path]:
+    """Yield an empty folder that becomes `path` if the block ends well, and vanishes if it does not.
+
+    What `path` held before is replaced only after its successor is complete and synced to disk.
+    """
+    path = path.absolute()
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():  # killed between the two renames below
+        old.rename(path)
+    check_own_folder(path, constant)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_folder(temporary)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        temporary.rename(path)
+        sync_file(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
+        raise PareError(
+            f"{constant} = {str(path)!r} could not be written ({error.strerror or error}); {free / 1e9:.1f} GB are "
+            "free there. What it held before is untouched."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        sync_file(path)
+
+
+def replace_file(path: Path, write) -> None:
+    """Call `write(temporary path)`, sync, and rename onto `path`: it holds the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        sync_file(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The score file
+
+SCORE_KEYS = ("mlp", "attention", "attn_ln", "ffn_ln", "layer", "meta")
+
+
+def load_scores(path: Path) -> dict:
+    """Read a score file without running anything in it. Raises PareError for a file that is not one."""
+    if not path.is_file():
+        raise PareError(f"SCORES_PATH = {str(path)!r} does not exist. Run `uv run importance_analysis.py` first.")
+    try:
+        scores = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError):
+        scores = None
+    if not isinstance(scores, dict) or not set(SCORE_KEYS) <= set(scores):
+        raise PareError(
+            f"SCORES_PATH = {str(path)!r} is not a score file of importance_analysis.py; name another file."
+        )
+    return scores

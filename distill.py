@@ -1,0 +1,706 @@
+"""Distil a teacher into its pruned student: forward KL on the logits (arXiv 2407.14679 §3, best practices 5 and 7).
+
+    uv run distill.py
+
+Writes into OUTPUT_DIR: `model/` (the student in bfloat16, a plain Hugging Face folder with a model card),
+`metrics.jsonl`, `curves.png`, and `checkpoints/`, from which the same command continues. Trains on one device; the
+student's weights and the optimizer's state are float32.
+
+Shapes: B batch, T tokens, H hidden, V vocabulary, N counted tokens.
+"""
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import common
+from common import PareError
+
+TEACHER: str = "allenai/Olmo-3-7B-Instruct"  # Hub id or local folder
+REVISION: str | None = None  # commit, tag or branch of the teacher's Hub id
+STUDENT: str = "pruned"  # what prune.py wrote: folder or Hub id
+OUTPUT_DIR: str = "distilled"
+DATASET: str = "HuggingFaceFW/fineweb-edu"  # Hub id, .jsonl, .json, .parquet or .txt file, folder, or saved dataset
+DATASET_CONFIG: str | None = "sample-10BT"  # configuration of a Hub dataset, None for local files
+DATASET_SPLIT: str = "train"
+TEXT_COLUMN: str = "text"
+EVAL_DATASET: str | None = None  # held-out text like DATASET; None holds out the first documents of DATASET
+SEQUENCE_LENGTH: int = 4096  # tokens per row
+TRAIN_TOKENS: int = 500_000_000  # the papers use 94B; most of the recovery comes early
+TOKENS_PER_STEP: int = 2**18  # per optimizer step
+MICRO_BATCH_SIZE: int = 4  # rows per forward pass; the rest of a step is accumulated
+LEARNING_RATE: float = 1e-4  # peak (arXiv 2408.11796 Table 4)
+MIN_LEARNING_RATE: float = 1e-5  # at the end of the cosine
+WARMUP_STEPS: int = 60  # linear
+WEIGHT_DECAY: float = 0.1  # of matrices; norms and biases have none
+TEMPERATURE: float = 1.0  # 1 was best (arXiv 2407.14679 §4.3)
+GRADIENT_CHECKPOINTING: bool = True  # a third more compute for much less memory
+LOSS_CHUNK_BYTES: int = 2**29  # the LM heads are applied to as many tokens at a time as fit into this
+EVAL_EVERY: int = 100  # steps
+EVAL_TOKENS: int = 2**20  # held-out tokens, in whole rows
+SAVE_EVERY: int = 100  # steps
+KEEP_CHECKPOINTS: int = 2  # the newest ones; at least two, so that a kill while saving leaves one
+REPORT_TO: str | None = None  # None | "wandb" | "trackio"
+SEED: int = 0  # order of the rows
+DEVICE: str = "auto"  # auto | cuda | mps | cpu
+DTYPE: str = "auto"  # auto | bfloat16 | float32: of the teacher and of the student's compute; auto is bfloat16 on a GPU
+
+MAY_CHANGE_ON_RESUME = {"OUTPUT_DIR", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "REPORT_TO"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def project(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """hidden (N, H) @ weight (V, H)ᵀ, multiplied in their own dtype and returned in `dtype` without a rounding between.
+
+    Where the device cannot do that (CPU), the operands are converted first.
+    """
+    if hidden.dtype == dtype:
+        return hidden @ weight.T
+    if hidden.device.type == "cuda":
+        return torch.mm(hidden, weight.T, out_dtype=dtype)
+    return hidden.to(dtype) @ weight.T.to(dtype)
+
+
+def chunk_rows(chunk_bytes: int, vocab_size: int, dtype: torch.dtype) -> int:
+    """Tokens per chunk: about four arrays (rows, V) are alive at once."""
+    return max(1, chunk_bytes // (4 * vocab_size * dtype.itemsize))
+
+
+class ForwardKL(torch.autograd.Function):
+    """T²/M · Σ KL(teacher ‖ student) of next-token distributions at temperature T, from hidden states and LM heads.
+
+    Logits exist for a chunk of tokens at a time; the gradients of the student's hidden states and head are computed
+    in the same pass: with p, q the student's and teacher's probabilities, dL/dlogits = T/M · (p − q).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, temperature, denominator, chunk_bytes):
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        compute_weight, teacher_weight = weight.to(hidden.dtype), teacher_weight.to(teacher_hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), dtype=dtype, device=hidden.device)
+        rows = chunk_rows(chunk_bytes, len(weight), dtype)
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            q_log = torch.log_softmax(project(teacher_hidden[chunk], teacher_weight, dtype) / temperature, dim=-1)
+            p_log = torch.log_softmax(project(hidden[chunk], compute_weight, dtype) / temperature, dim=-1)
+            q = q_log.exp()
+            loss += torch.sum(q * q_log.sub_(p_log))
+            grad = p_log.exp_().sub_(q).mul_(temperature / denominator).to(hidden.dtype)  # (rows, V), of the logits
+            grad_hidden[chunk] = grad @ compute_weight
+            if grad_weight is not None:
+                grad_weight += project(grad.T, hidden[chunk].T, dtype)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return loss * (temperature**2 / denominator)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_weight = None if grad_weight is None else grad_weight * grad_output.to(grad_weight.dtype)
+        return grad_hidden * grad_output.to(grad_hidden.dtype), grad_weight, None, None, None, None, None
+
+
+def forward_kl(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    *,
+    denominator: float,
+    temperature: float = 1.0,
+    chunk_bytes: int = 2**29,
+) -> torch.Tensor:
+    """The distillation loss of counted tokens.
+
+    hidden (N, H), weight (V, H), teacher_hidden (N, H_t), teacher_weight (V, H_t); `denominator` is the number of
+    counted tokens of the whole optimizer step. Returns a scalar, float32 or better. (arXiv 2407.14679 §3.)
+    """
+    assert hidden.shape[0] == teacher_hidden.shape[0], (hidden.shape, teacher_hidden.shape)
+    assert weight.shape[0] == teacher_weight.shape[0], (weight.shape, teacher_weight.shape)
+    return ForwardKL.apply(hidden, weight, teacher_hidden, teacher_weight, temperature, denominator, chunk_bytes)
+
+
+def counted(position_ids: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool: True where the next token is in the same document of the same row."""
+    mask = torch.zeros_like(position_ids, dtype=torch.bool)
+    mask[:, :-1] = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    return mask
+
+
+def hidden_states(model, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """(B, T, H) after the final norm. Documents of a row do not see each other: position_ids restart, no attention
+    mask, and no cache, which would switch the separation off."""
+    output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    return output.last_hidden_state
+
+
+def autocast(settings):
+    return torch.autocast(settings.device.type, settings.dtype, enabled=settings.dtype != torch.float32)
+
+
+@torch.inference_mode()
+def evaluate(student, teacher, rows, settings) -> dict:
+    """Over held-out rows: KL to the teacher, each model's loss in nats, the student's perplexity, and the share of
+    counted positions where both find the same next token the most likely."""
+    student.eval()
+    sums = torch.zeros(4, dtype=torch.float64)
+    num_tokens = 0
+    for start in range(0, len(rows), settings.micro_batch_size):
+        input_ids, position_ids = fetch(rows, range(start, min(start + settings.micro_batch_size, len(rows))), settings)
+        mask = counted(position_ids)
+        labels = input_ids.roll(-1, dims=1)[mask]  # (N,)
+        with autocast(settings):
+            states = hidden_states(student, input_ids, position_ids)[mask]
+        teacher_states = hidden_states(teacher, input_ids, position_ids)[mask]
+        weight = student.get_output_embeddings().weight.to(states.dtype)
+        teacher_weight = teacher.get_output_embeddings().weight
+        step = chunk_rows(settings.loss_chunk_bytes, len(weight), torch.float32)
+        for first in range(0, len(labels), step):
+            chunk = slice(first, first + step)
+            q_log = torch.log_softmax(project(teacher_states[chunk], teacher_weight, torch.float32), dim=-1)
+            p_log = torch.log_softmax(project(states[chunk], weight, torch.float32), dim=-1)
+            agree = (p_log.argmax(-1) == q_log.argmax(-1)).sum()
+            losses = [-log.gather(1, labels[chunk, None]).sum() for log in (p_log, q_log)]
+            kl = torch.sum(q_log.exp() * q_log.sub_(p_log))
+            sums += torch.stack([kl, *losses, agree]).double().cpu()
+        num_tokens += len(labels)
+    student.train()
+    kl, loss, teacher_loss, agreement = (sums / num_tokens).tolist()
+    return {
+        "held_out_kl": kl,
+        "held_out_loss": loss,
+        "held_out_perplexity": math.exp(min(loss, 700)),
+        "held_out_agreement": agreement,
+        "teacher_loss": teacher_loss,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data: packed rows on disk, and row i of the run as a function of the seed
+
+
+def pack_to_disk(documents, tokenizer, length: int, num_rows: int, vocab_size: int, path: Path, description: str):
+    """Pack documents into at most `num_rows` rows of an Arrow file at `path`; return how many there were."""
+    from datasets import Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    features = Features({"input_ids": List(Value("int32")), "position_ids": List(Value("int32"))})
+    progress = common.Progress(num_rows, "rows", description)
+    count = 0
+    with ArrowWriter(path=str(path), features=features) as writer:
+        for input_ids, position_ids in common.pack_rows(documents, tokenizer, length, vocab_size):
+            writer.write({"input_ids": input_ids, "position_ids": position_ids})
+            progress.update(1)
+            count += 1
+            if count == num_rows:
+                break
+        if count:
+            writer.finalize()
+    progress.close()
+    return count
+
+
+def prepare_data(folder: Path, teacher: common.Checkpoint, settings) -> tuple:
+    """Held-out and training rows as memory-mapped datasets, packed once and reused while nothing changed.
+
+    The held-out part is the text of EVAL_DATASET, or the first documents of DATASET, which then are not trained on.
+    """
+    import datasets
+
+    tokenizer = common.load_tokenizer(teacher, "TEACHER")
+    key = {
+        "tokenizer": hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
+        "files": [common.file_state(name) for name in (settings.dataset, settings.eval_dataset) if name],
+        **{name: getattr(settings, name) for name in ("dataset", "dataset_config", "dataset_split", "text_column")},
+        **{name: getattr(settings, name) for name in ("eval_dataset", "sequence_length", "eval_tokens", "seed")},
+        "train_rows": settings.num_steps * settings.rows_per_step,
+    }
+    record = folder / "pare.json"
+    if not record.is_file() or json.loads(record.read_text())["key"] != key:
+        length, vocab_size = settings.sequence_length, teacher.config.vocab_size
+
+        def text(name, constant, seed=None):
+            columns = settings.dataset_config, settings.dataset_split, settings.text_column
+            return common.open_text(name, *columns, shuffle_seed=seed, constant=constant)
+
+        documents = text(settings.dataset, "DATASET", settings.seed)
+        held_out = documents
+        if settings.eval_dataset is not None:
+            held_out = text(settings.eval_dataset, "EVAL_DATASET")
+        with common.new_folder(folder) as temporary:
+            num_held_out = max(1, settings.eval_tokens // length)
+            for name, source, num_rows, constant in (
+                ("held_out", held_out, num_held_out, "EVAL_DATASET" if settings.eval_dataset else "DATASET"),
+                ("train", documents, key["train_rows"], "DATASET"),
+            ):
+                path = temporary / f"{name}.arrow"
+                if not pack_to_disk(source, tokenizer, length, num_rows, vocab_size, path, f"packing {name}"):
+                    raise PareError(
+                        f"{constant} = {getattr(settings, constant.lower())!r} has too little text for one {name} row "
+                        f"of SEQUENCE_LENGTH = {length}. Give it more text, or lower SEQUENCE_LENGTH or EVAL_TOKENS."
+                    )
+            common.write_json(temporary / "pare.json", {"key": key})
+    rows = [
+        datasets.Dataset.from_file(str(folder / f"{name}.arrow")).with_format("numpy") for name in ("held_out", "train")
+    ]
+    return tuple(rows)
+
+
+def row_indices(step: int, rows_per_step: int, num_rows: int, seed: int) -> list[int]:
+    """The training rows of a step: a pure function of the seed. Each pass over the rows has an order of its own."""
+    indices = []
+    for i in range(step * rows_per_step, (step + 1) * rows_per_step):
+        epoch, place = divmod(i, num_rows)
+        indices.append(epoch_order(epoch, num_rows, seed)[place])
+    return indices
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(epoch: int, num_rows: int, seed: int) -> list[int]:
+    """A permutation of the rows, fixed by the seed and the epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(num_rows, generator=generator).tolist()
+
+
+def fetch(rows, indices, settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and position_ids (B, T), int64, on the device."""
+    batch = rows[list(indices)]
+    tensors = (torch.as_tensor(batch[name], dtype=torch.int64) for name in ("input_ids", "position_ids"))
+    return tuple(tensor.to(settings.device, non_blocking=True) for tensor in tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: verified folders
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    files = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(folder.iterdir())}
+    common.write_json(folder / "MANIFEST.json", files)
+
+
+def verifies(folder: Path) -> bool:
+    """True where every file is there with the size and hash of the manifest."""
+    try:
+        files = json.loads((folder / "MANIFEST.json").read_text())
+        return all((folder / n).stat().st_size == size and sha256_of(folder / n) == h for n, (size, h) in files.items())
+    except (OSError, ValueError):
+        return False
+
+
+def save_checkpoint(root: Path, step: int, student, optimizer, record: dict, keep: int) -> None:
+    """Write `root/step-…`: float32 weights, optimizer state, random state and record; then drop the oldest."""
+    parameters = dict(student.named_parameters())
+    state = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["rng.cuda"] = torch.cuda.get_rng_state()
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"{name}.{key}"] = value.contiguous()
+    target = root / f"step-{step:08d}"
+    if target.exists() and not verifies(target):
+        shutil.rmtree(target)
+    with common.new_folder(target) as folder:
+        save_file(
+            {name: parameter.detach().contiguous() for name, parameter in parameters.items()},
+            folder / "model.safetensors",
+        )
+        save_file(state, folder / "optimizer.safetensors")
+        common.write_json(folder / "pare.json", record | {"step": step})
+        write_manifest(folder)
+    for old in sorted(root.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest checkpoint that verifies; a damaged one is named and passed over."""
+    for folder in sorted(root.glob("step-*"), reverse=True):
+        if verifies(folder):
+            return folder
+        print(f"{folder} is damaged; trying the one before it")
+    return None
+
+
+def load_checkpoint(folder: Path, student, optimizer, record: dict) -> int:
+    """Restore weights, optimizer and random state in place; return the step. Refuses another run's checkpoint."""
+    saved = json.loads((folder / "pare.json").read_text())
+    differences = [
+        f"{name} = {record['constants'].get(name)!r} (was {saved['constants'].get(name)!r})"
+        for name in sorted(record["constants"].keys() | saved["constants"].keys())
+        if name not in MAY_CHANGE_ON_RESUME and record["constants"].get(name) != saved["constants"].get(name)
+    ]
+    for constant in ("teacher", "student"):
+        if saved[constant]["weights_hash"] != record[constant]["weights_hash"]:
+            differences.append(f"the weights in {constant.upper()} = {record[constant]['name']!r}")
+    if differences:
+        raise PareError(
+            f"OUTPUT_DIR = {record['constants']['OUTPUT_DIR']!r} holds a run with other {', '.join(differences)}.\n"
+            "Put that back to continue it, or choose another OUTPUT_DIR."
+        )
+    weights = load_file(folder / "model.safetensors")
+    state = load_file(folder / "optimizer.safetensors")
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            parameter.copy_(weights[name])
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in state]
+            if keys:
+                optimizer.state[parameter] = {
+                    key: state[f"{name}.{key}"].to("cpu" if key == "step" else parameter.device) for key in keys
+                }
+    torch.set_rng_state(state["rng.cpu"])
+    if "rng.cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng.cuda"])
+    return saved["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def learning_rate(step: int, settings) -> float:
+    """Linear warm-up, then a cosine from LEARNING_RATE to MIN_LEARNING_RATE at the last step."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.num_steps - 1 - settings.warmup_steps)
+    span = settings.learning_rate - settings.min_learning_rate
+    return settings.min_learning_rate + 0.5 * span * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def build_optimizer(student, settings) -> torch.optim.Optimizer:
+    matrices = [parameter for parameter in student.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in student.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=settings.device.type != "mps")
+
+
+def train_step(student, teacher, rows, optimizer, step: int, settings) -> tuple[float, float]:
+    """One optimizer step; returns loss and gradient norm. One denominator: the counted tokens of the whole step."""
+    indices = row_indices(step, settings.rows_per_step, len(rows), settings.seed)
+    micro_batches = [
+        fetch(rows, indices[start : start + settings.micro_batch_size], settings)
+        for start in range(0, len(indices), settings.micro_batch_size)
+    ]
+    masks = [counted(position_ids) for _, position_ids in micro_batches]
+    denominator = max(1, int(sum(mask.sum() for mask in masks)))
+    total = torch.zeros((), device=settings.device)
+    for (input_ids, position_ids), mask in zip(micro_batches, masks, strict=True):
+        with torch.no_grad():
+            teacher_states = hidden_states(teacher, input_ids, position_ids)
+        with autocast(settings):
+            states = hidden_states(student, input_ids, position_ids)
+        loss = forward_kl(
+            states[mask],
+            student.get_output_embeddings().weight,
+            teacher_states[mask],
+            teacher.get_output_embeddings().weight,
+            denominator=denominator,
+            temperature=settings.temperature,
+            chunk_bytes=settings.loss_chunk_bytes,
+        )
+        loss.backward()
+        total += loss.detach()
+    gradient_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    loss, gradient_norm = torch.stack([total.float(), gradient_norm.float()]).tolist()  # the step's one synchronisation
+    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+        raise PareError(
+            f"loss or gradient is not finite at step {step}; the weights were not touched and the last checkpoint is "
+            f"intact.\nLower LEARNING_RATE = {settings.learning_rate} or raise WARMUP_STEPS = {settings.warmup_steps}."
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, settings)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, gradient_norm
+
+
+def train(student, teacher, held_out, rows, optimizer, first_step: int, log, save, settings) -> None:
+    """Train from `first_step` to the end; `log(step, metrics)` records and `save(step)` writes a checkpoint."""
+    student.train()
+    if first_step == 0:
+        log(0, evaluate(student, teacher, held_out, settings))
+    progress = common.Progress(settings.num_steps, "steps", "distilling", done=first_step)
+    for step in range(first_step, settings.num_steps):
+        start = time.monotonic()
+        loss, gradient_norm = train_step(student, teacher, rows, optimizer, step, settings)
+        tokens_per_second = settings.tokens_per_step / (time.monotonic() - start)
+        done, last = step + 1, step + 1 == settings.num_steps
+        metrics = {
+            "loss": loss,
+            "gradient_norm": gradient_norm,
+            "learning_rate": learning_rate(step, settings),
+            "tokens_per_second": tokens_per_second,
+        }
+        text = f"KL {loss:.4f}, lr {metrics['learning_rate']:.1e}, {tokens_per_second:,.0f} tokens/s"
+        if settings.device.type == "cuda":
+            text += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+        if done % settings.eval_every == 0 or last:
+            metrics |= evaluate(student, teacher, held_out, settings)
+        log(done, metrics)
+        if done % settings.save_every == 0 or last:
+            save(done)
+        progress.update(1, text)
+    progress.close()
+
+
+def open_log(path: Path, first_step: int, report_to: str | None, settings, constants: dict):
+    """A function `log(step, metrics)` that appends to metrics.jsonl and to the tracker that REPORT_TO names.
+
+    Lines of steps that a resumed run repeats are dropped first.
+    """
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and first_step and json.loads(line)["step"] <= first_step]
+    common.replace_file(path, lambda temporary: temporary.write_text("".join(kept)))
+    tracker = None
+    if report_to is not None:
+        tracker = importlib.import_module(report_to)
+        tracker.init(project="pare", name=path.parent.name, config=constants)
+
+    def log(step: int, metrics: dict) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, "tokens": step * settings.tokens_per_step} | metrics) + "\n")
+        if tracker is not None:
+            tracker.log(metrics, step=step)
+
+    return log
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def plot(metrics: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [line for line in metrics if "loss" in line]
+    evaluations = [line for line in metrics if "held_out_kl" in line]
+    tokens = [line["tokens"] for line in evaluations]
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    axes[0].plot([line["tokens"] for line in steps], [line["loss"] for line in steps], alpha=0.5, label="training")
+    axes[0].plot(tokens, [line["held_out_kl"] for line in evaluations], marker="o", label="held out")
+    axes[0].set(title="KL to the teacher (nats per token)", xlabel="tokens", yscale="log")
+    axes[0].legend()
+    axes[1].plot(tokens, [line["held_out_loss"] for line in evaluations], marker="o", label="student")
+    axes[1].plot(tokens, [line["teacher_loss"] for line in evaluations], linestyle="--", label="teacher")
+    axes[1].set(title="held-out loss (nats per token)", xlabel="tokens")
+    axes[1].legend()
+    axes[2].plot(tokens, [line["held_out_agreement"] for line in evaluations], marker="o")
+    axes[2].set(title="next-token agreement with the teacher", xlabel="tokens", ylim=(0, 1))
+    common.replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    plt.close(figure)
+
+
+CARD = """\
+---
+base_model: {teacher}
+library_name: transformers
+tags: [pruned, distilled, pare]
+---
+
+# {title}
+
+[{teacher}](https://huggingface.co/{teacher}) pruned and distilled with Pare, after Minitron (arXiv 2407.14679,
+2408.11796): {tokens:,} tokens of `{dataset}`, forward KL on the logits.
+
+{sizes}
+
+| on held-out text | before | after |
+|---|---|---|
+{figures}
+
+The teacher's own loss on this text is {teacher_loss:.4f}. Every constant of the run:
+
+```json
+{constants}
+```
+"""
+
+FIGURES = {
+    "held_out_kl": "KL to the teacher (nats per token)",
+    "held_out_loss": "loss (nats per token)",
+    "held_out_perplexity": "perplexity",
+    "held_out_agreement": "next-token agreement with the teacher",
+}
+
+
+def model_card(teacher: common.Checkpoint, student: common.Checkpoint, before: dict, after: dict, record: dict) -> str:
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    sizes = [f"| {name} | {getattr(teacher.config, name)} | {getattr(student.config, name)} |" for name in names]
+    return CARD.format(
+        teacher=teacher.name,
+        title=Path(student.name).name,
+        tokens=record["tokens"],
+        dataset=record["constants"]["DATASET"],
+        sizes="\n".join(["| | teacher | student |", "|---|---|---|", *sizes]),
+        figures="\n".join(f"| {title} | {before[key]:.4f} | {after[key]:.4f} |" for key, title in FIGURES.items()),
+        teacher_loss=after["teacher_loss"],
+        constants=json.dumps(record["constants"], indent=2),
+    )
+
+
+def export(folder: Path, student, checkpoint: common.Checkpoint, card: str, record: dict) -> None:
+    """Write the student in bfloat16 as a plain Hugging Face folder, with the student's tokenizer and config."""
+    with common.new_folder(folder) as temporary:
+        state = {name: tensor.detach().to(torch.bfloat16) for name, tensor in student.state_dict().items()}
+        student.save_pretrained(temporary, state_dict=state, max_shard_size="5GB")
+        common.copy_companions(checkpoint.folder, temporary)
+        raw = {key: value for key, value in checkpoint.raw.items() if key != "torch_dtype"} | {"dtype": "bfloat16"}
+        common.write_json(temporary / "config.json", raw)
+        common.write_json(temporary / "pare.json", record)
+        (temporary / "README.md").write_text(card)
+        exported = common.find_checkpoint(str(temporary), None, "OUTPUT_DIR")
+        common.load_model(exported, torch.bfloat16, torch.device("cpu"), "OUTPUT_DIR")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_same_vocabulary(teacher: common.Checkpoint, student: common.Checkpoint) -> None:
+    sizes = teacher.config.vocab_size, student.config.vocab_size
+    same = sizes[0] == sizes[1]
+    if same and (student.folder / "tokenizer.json").is_file():
+        vocabularies = [
+            common.load_tokenizer(*pair).get_vocab() for pair in ((teacher, "TEACHER"), (student, "STUDENT"))
+        ]
+        same = vocabularies[0] == vocabularies[1]
+    if not same:
+        raise PareError(
+            f"STUDENT = {student.name!r} and TEACHER = {teacher.name!r} have different vocabularies ({sizes[1]} and "
+            f"{sizes[0]} entries); logits can only be compared in the same one.\n"
+            "Set TEACHER to the model that STUDENT was cut from."
+        )
+
+
+def derive_settings(constants: dict) -> SimpleNamespace:
+    """The constants in lower case, checked, and what follows from them."""
+    positive = (
+        "SEQUENCE_LENGTH",
+        "TRAIN_TOKENS",
+        "TOKENS_PER_STEP",
+        "MICRO_BATCH_SIZE",
+        "LEARNING_RATE",
+        "TEMPERATURE",
+    )
+    common.check_positive(constants, *positive, "LOSS_CHUNK_BYTES", "EVAL_EVERY", "EVAL_TOKENS", "SAVE_EVERY")
+    settings = SimpleNamespace(**{name.lower(): value for name, value in constants.items()})
+    if settings.keep_checkpoints < 2:
+        raise PareError(f"KEEP_CHECKPOINTS = {settings.keep_checkpoints} must be at least 2.")
+    common.check_choice("REPORT_TO", settings.report_to, [None, "wandb", "trackio"])
+    if settings.report_to and importlib.util.find_spec(settings.report_to) is None:
+        raise PareError(f"REPORT_TO = {settings.report_to!r} is not installed: run `uv add {settings.report_to}`.")
+    micro_batch_tokens = settings.micro_batch_size * settings.sequence_length
+    if settings.tokens_per_step % micro_batch_tokens:
+        nearest = max(1, round(settings.tokens_per_step / micro_batch_tokens)) * micro_batch_tokens
+        raise PareError(
+            f"TOKENS_PER_STEP = {settings.tokens_per_step} must be a multiple of MICRO_BATCH_SIZE x SEQUENCE_LENGTH = "
+            f"{micro_batch_tokens}; the nearest is {nearest}."
+        )
+    if settings.train_tokens < settings.tokens_per_step:
+        raise PareError(
+            f"TRAIN_TOKENS = {settings.train_tokens} is less than one step; set it to TOKENS_PER_STEP = "
+            f"{settings.tokens_per_step} or more."
+        )
+    settings.num_steps = settings.train_tokens // settings.tokens_per_step
+    settings.rows_per_step = settings.tokens_per_step // settings.sequence_length
+    settings.device = common.pick_device(settings.device)
+    settings.dtype = common.pick_dtype(settings.dtype, settings.device)
+    return settings
+
+
+def print_results(before: dict, after: dict) -> None:
+    print("\nOn held-out text:")
+    rows = [[title, f"{before[key]:.4f}", f"{after[key]:.4f}"] for key, title in FIGURES.items()]
+    common.print_table([["", "before", "after"], *rows])
+    print(f"  the teacher's own loss is {after['teacher_loss']:.4f}")
+
+
+def main() -> Path:
+    script = sys.modules[__name__]
+    constants = common.read_constants(script)
+    settings = derive_settings(constants)
+    output = Path(OUTPUT_DIR)
+    common.check_own_folder(output, "OUTPUT_DIR")
+    teacher_checkpoint = common.find_checkpoint(TEACHER, REVISION, "TEACHER")
+    student_checkpoint = common.find_checkpoint(STUDENT, None, "STUDENT")
+    check_same_vocabulary(teacher_checkpoint, student_checkpoint)
+    hashes = [
+        common.hash_checkpoint(teacher_checkpoint, "TEACHER"),
+        common.hash_checkpoint(student_checkpoint, "STUDENT"),
+    ]
+    record = common.run_record(
+        script,
+        teacher={"name": TEACHER, "revision": teacher_checkpoint.revision, "weights_hash": hashes[0]},
+        student={"name": STUDENT, "revision": student_checkpoint.revision, "weights_hash": hashes[1]},
+        tokens=settings.num_steps * settings.tokens_per_step,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    common.write_json(output / "pare.json", record)
+
+    torch.manual_seed(SEED)
+    held_out, rows = prepare_data(output / "data", teacher_checkpoint, settings)
+    teacher = common.load_model(teacher_checkpoint, settings.dtype, settings.device, "TEACHER")
+    student = common.load_model(student_checkpoint, torch.float32, settings.device, "STUDENT")
+    if GRADIENT_CHECKPOINTING:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = build_optimizer(student, settings)
+    latest = latest_checkpoint(output / "checkpoints")
+    first_step = load_checkpoint(latest, student, optimizer, record) if latest else 0
+    print_plan(student, rows, first_step, settings)
+
+    metrics_path = output / "metrics.jsonl"
+    log = open_log(metrics_path, first_step, REPORT_TO, settings, constants)
+
+    def save(step):
+        save_checkpoint(output / "checkpoints", step, student, optimizer, record, KEEP_CHECKPOINTS)
+
+    train(student, teacher, held_out, rows, optimizer, first_step, log, save, settings)
+
+    metrics = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+    evaluations = [line for line in metrics if "held_out_kl" in line]
+    before, after = evaluations[0], evaluations[-1]
+    plot(metrics, output / "curves.png")
+    card = model_card(teacher_checkpoint, student_checkpoint, before, after, record)
+    export(output / "model", student, student_checkpoint, card, record | {"before": before, "after": after})
+    print_results(before, after)
+    print(f"\nWrote {output}/model, {output}/curves.png and {output}/metrics.jsonl. Next: vllm serve {output}/model")
+    return output / "model"
+
+
+def print_plan(student, rows, first_step: int, settings) -> None:
+    num_tokens = settings.num_steps * settings.tokens_per_step
+    epochs = settings.num_steps * settings.rows_per_step / len(rows)
+    accumulation = settings.rows_per_step // settings.micro_batch_size
+    print(
+        f"{student.num_parameters():,} parameters on {settings.device}, compute in {str(settings.dtype)[6:]}\n"
+        f"{settings.num_steps} steps of {settings.tokens_per_step} tokens ({accumulation} micro-batches of "
+        f"{settings.micro_batch_size} x {settings.sequence_length}), {num_tokens:,} tokens"
+    )
+    if epochs > 1:
+        print(f"the text gives {len(rows)} rows, so training goes over it {epochs:.1f} times")
+    if first_step:
+        print(f"continuing after step {first_step}")
+
+
+if __name__ == "__main__":
+    common.run(sys.modules[__name__])
