@@ -288,7 +288,7 @@ def read_sliced(folder: Path, planned: Planned, shards: dict) -> torch.Tensor:
         shards[planned.file] = safe_open(folder / planned.file, framework="pt")
     tensor = shards[planned.file].get_tensor(planned.source)
     for axis, index in enumerate(planned.indices):
-        if index is not None and len(index) < tensor.shape[axis]:
+        if index is not None and not torch.equal(index, torch.arange(tensor.shape[axis])):
             tensor = tensor.index_select(axis, index)
     return tensor.contiguous()
 

@@ -1,0 +1,181 @@
+"""Tiny checkpoints, text and helpers that the tests share. Everything runs on CPU without network."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+import common  # noqa: E402
+import distill  # noqa: E402
+import importance_analysis  # noqa: E402
+import prune  # noqa: E402
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "attention_factor": 1.1,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+SHAPE = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+CONFIGS = {  # what every test of "each family" runs over
+    "olmo3": lambda **more: transformers.Olmo3Config(
+        **SHAPE
+        | {
+            "num_hidden_layers": 8,
+            "sliding_window": 12,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        }
+        | more
+    ),
+    "olmo2": lambda **more: transformers.Olmo2Config(**SHAPE | {"num_hidden_layers": 4} | more),
+    "llama": lambda **more: transformers.LlamaConfig(
+        **SHAPE
+        | {"num_hidden_layers": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}
+        | more
+    ),
+}
+
+
+def build_tokenizer():
+    """A byte-level BPE of 300 tokens, `<|endoftext|>` first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(DOCUMENTS, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>"
+    )
+
+
+DOCUMENTS = [
+    f"Document {i}. " + " ".join(f"The {(i * j) % 17} cats and {(i + j) % 13} dogs met." for j in range(3 + i % 11))
+    for i in range(60)
+]
+
+
+def random_model(config, seed: int = 0):
+    """A float32 model in which no parameter is trivial: norm weights and biases are random too."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3 if parameter.shape[0] == config.vocab_size else 0.15)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def save_checkpoint(folder: Path, family: str, seed: int = 0, **more) -> Path:
+    tokenizer = build_tokenizer()
+    model = random_model(CONFIGS[family](vocab_size=len(tokenizer), **more), seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: save_checkpoint(root / family, family) for family in CONFIGS}
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def restore_constants():
+    """Tests set constants as a user does; put the defaults back afterwards."""
+    scripts = (importance_analysis, prune, distill)
+    before = [{name: getattr(script, name) for name in common.constants_of(script)} for script in scripts]
+    yield
+    for script, constants in zip(scripts, before, strict=True):
+        for name, value in constants.items():
+            setattr(script, name, value)
+
+
+def configure(script, **constants) -> None:
+    for name, value in constants.items():
+        assert name in common.constants_of(script), name
+        setattr(script, name, value)
+
+
+def analyse(model: Path, text: str, scores: Path, **more) -> Path:
+    """Run importance_analysis.main() on a few short rows."""
+    constants = {"NUM_SAMPLES": 12, "SEQUENCE_LENGTH": 40, "BATCH_SIZE": 4, "DATASET_CONFIG": None, "DEVICE": "cpu"}
+    constants |= {"MODEL": str(model), "DATASET": text, "SCORES_PATH": str(scores)} | more
+    configure(importance_analysis, **constants)
+    return importance_analysis.main()
+
+
+KEEP_ALL = {
+    "HIDDEN_SIZE": None,
+    "INTERMEDIATE_SIZE": None,
+    "NUM_ATTENTION_HEADS": None,
+    "NUM_KEY_VALUE_HEADS": None,
+    "NUM_HIDDEN_LAYERS": None,
+    "LAYERS_TO_DROP": None,
+}
+
+
+def cut(model: Path, scores: Path, output: Path, **more) -> Path:
+    """Run prune.main() with everything kept but what is given."""
+    constants = {"MODEL": str(model), "SCORES_PATH": str(scores), "OUTPUT_DIR": str(output), "DEVICE": "cpu"}
+    configure(prune, **constants | KEEP_ALL | more)
+    return prune.main()
+
+
+def load(folder: Path):
+    """Load with transformers alone and check that no key is missing, unexpected or mismatched."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
+
+
+@torch.no_grad()
+def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def some_ids(vocab_size: int, shape=(3, 30), seed: int = 5) -> torch.Tensor:
+    return torch.randint(2, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
