@@ -4,6 +4,7 @@ Nothing here is a setting, and importing it does nothing. Shapes: T tokens of a 
 """
 
 import ast
+import copy
 import difflib
 import hashlib
 import inspect
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
@@ -306,19 +308,6 @@ FAMILIES = {  # model_type in config.json -> family
 }
 
 
-def axes_of(family: Family, tensor: str) -> tuple[tuple, int | None]:
-    """The axes of a tensor of a checkpoint and its layer's number (None outside the layers)."""
-    parts = tensor.split(".")
-    layer = int(parts[2]) if tensor.startswith("model.layers.") and parts[2].isdigit() else None
-    pattern = tensor if layer is None else ".".join(["model.layers.*", *parts[3:]])
-    if pattern not in family.tensors:
-        raise PareError(
-            f"the checkpoint holds a tensor that the table of model families does not know: {tensor}.\n"
-            f"Add {pattern} with its axes to FAMILIES in common.py; nothing is cut by guess."
-        )
-    return family.tensors[pattern], layer
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: found, described from their headers, and loaded strictly
 
@@ -346,7 +335,6 @@ class TensorInfo:
     dtype: str  # as safetensors spells it: BF16, F32, …
 
 
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 LOCAL_OR_DEMO = "A local folder works too, and `uv run demo.py` needs no network."
 
 
@@ -376,13 +364,19 @@ def find_checkpoint(name: str, revision: str | None, constant: str) -> Checkpoin
             f"{constant} = {name!r} is of the family {model_type!r}, which Pare does not know. "
             f"Supported: {', '.join(FAMILIES)}.\nA new family is a row of FAMILIES in common.py."
         )
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise PareError(f"{constant} = {name!r}: transformers refuses config.json: {first_line(error)}") from None
+    config = parse_config(transformers.CONFIG_MAPPING[model_type], raw, f"{constant} = {name!r}")
     if FAMILIES[model_type].rope_per_layer_type:
         check_rope(config, f"{constant} = {name!r}")
     return Checkpoint(name, folder, revision, raw, config, FAMILIES[model_type])
+
+
+def parse_config(config_class, raw: dict, what: str) -> transformers.PreTrainedConfig:
+    """config.json as transformers reads it. Raises PareError where it refuses."""
+    try:
+        return config_class.from_dict(copy.deepcopy(raw))  # it edits what it is given
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise PareError(f"transformers refuses {what}: {reason}") from None
 
 
 def download_checkpoint(name: str, revision: str | None, constant: str) -> Path:
@@ -554,21 +548,6 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def portable_config(raw: dict, config) -> dict:
-    """config.json that old and new readers agree on: nested rope_parameters and the legacy keys beside them.
-
-    transformers before 5 and several runtimes read only `rope_theta` and `rope_scaling`.
-    """
-    rope = config.rope_parameters
-    main = rope.get("full_attention", rope) if config.model_type == "olmo3" else rope
-    scaling = {key: value for key, value in main.items() if key != "rope_theta"}
-    return raw | {
-        "rope_parameters": rope,
-        "rope_theta": main["rope_theta"],
-        "rope_scaling": None if main.get("rope_type", "default") == "default" else scaling,
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Text: a stream of documents, and rows of tokens packed from it
 
@@ -625,13 +604,6 @@ def read_column(rows: Iterable[dict], column: str, what: str) -> Iterator[str]:
         raise
     except (ValueError, OSError, DatasetsError) as error:
         raise PareError(f"{what} cannot be read: {first_line(error)}") from None
-
-
-def file_state(dataset: str) -> list:
-    """Names, sizes and times of a local dataset's files: tells whether it changed. Empty for a Hub id."""
-    path = Path(dataset).expanduser()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def open_splits(dataset: str, config: str | None, constant: str) -> dict:
@@ -700,11 +672,6 @@ def pack_rows(documents: Iterable[str], tokenizer, length: int, vocab_size: int)
                 ids, positions = [], []
             ids += new[taken:]
             positions += range(len(new) - taken)
-
-
-def hash_rows(rows: torch.Tensor) -> str:
-    """The fingerprint of token ids: sha256 of their int32 bytes."""
-    return hashlib.sha256(rows.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -215,6 +215,13 @@ def pack_to_disk(documents, tokenizer, length: int, num_rows: int, vocab_size: i
     return count
 
 
+def file_state(dataset: str) -> list:
+    """Names, sizes and times of a local dataset's files: tells whether it changed. Empty for a Hub id."""
+    path = Path(dataset).expanduser()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 def prepare_data(folder: Path, teacher: common.Checkpoint, settings) -> tuple:
     """Held-out and training rows as memory-mapped datasets, packed once and reused while nothing changed.
 
@@ -225,7 +232,7 @@ def prepare_data(folder: Path, teacher: common.Checkpoint, settings) -> tuple:
     tokenizer = common.load_tokenizer(teacher, "TEACHER")
     key = {
         "tokenizer": hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
-        "files": [common.file_state(name) for name in (settings.dataset, settings.eval_dataset) if name],
+        "files": [file_state(name) for name in (settings.dataset, settings.eval_dataset) if name],
         **{name: getattr(settings, name) for name in ("dataset", "dataset_config", "dataset_split", "text_column")},
         **{name: getattr(settings, name) for name in ("eval_dataset", "sequence_length", "eval_tokens", "seed")},
         "train_rows": settings.num_steps * settings.rows_per_step,

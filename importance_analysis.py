@@ -9,6 +9,7 @@ the L2 norm over samples.
 Shapes: B batch, T tokens, H hidden, F intermediate, Q query heads, D head dim, L layers.
 """
 
+import hashlib
 import math
 import sys
 from pathlib import Path
@@ -127,6 +128,11 @@ def measure(model, family: common.Family, rows: torch.Tensor, batch_size: int) -
     return sums
 
 
+def hash_rows(rows: torch.Tensor) -> str:
+    """The fingerprint of token ids: sha256 of their int32 bytes."""
+    return hashlib.sha256(rows.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
+
+
 def calibration_rows(documents, tokenizer, num_samples: int, length: int, vocab_size: int, what: str) -> torch.Tensor:
     """(num_samples, T) token ids: documents joined with the end-of-text token and cut into rows."""
     rows = []
@@ -205,18 +211,18 @@ def plot(scores: dict, layer_types: list[str], path: Path) -> None:
     for axis, key, units in ((axes[0, 0], "mlp", "neuron"), (axes[0, 1], "attention", "head")):
         relative = scores[key] / scores[key].mean(dim=1, keepdim=True).clamp(min=1e-30)
         shown = relative.sort(dim=1, descending=True).values if key == "mlp" else relative
-        image = axis.imshow(shown, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=3)
+        image = axis.imshow(shown.numpy(), aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=3)
         ordered = ", most important first" if key == "mlp" else ""
         axis.set(title=f"{units} importance / mean of its layer", xlabel=f"{units}{ordered}", ylabel="layer")
         figure.colorbar(image, ax=axis)
     for key in ("attn_ln", "ffn_ln"):
-        axes[1, 0].plot(scores[key].sort(descending=True).values, label=key)
+        axes[1, 0].plot(scores[key].sort(descending=True).values.numpy(), label=key)
     axes[1, 0].set(title="hidden importance, sorted", xlabel="hidden channel (by rank)", ylabel="score", yscale="log")
     axes[1, 0].legend()
     for kind, colour in (("full_attention", "tab:orange"), ("sliding_attention", "tab:blue")):
         members = [index for index in range(num_layers) if layer_types[index] == kind]
         if members:
-            axes[1, 1].bar(members, layer_values(scores)[members], color=colour, label=kind.replace("_", " "))
+            axes[1, 1].bar(members, layer_values(scores)[members].numpy(), color=colour, label=kind.replace("_", " "))
     axes[1, 1].set(title="block importance", xlabel="layer", ylabel="1 - cos(input, output)")
     axes[1, 1].legend()
     common.replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
@@ -265,7 +271,7 @@ def main() -> Path:
         revision=checkpoint.revision,
         config_hash=common.hash_config(checkpoint),
         weights_hash=common.hash_checkpoint(checkpoint, "MODEL"),
-        dataset={"name": DATASET, "fingerprint": common.hash_rows(rows)},
+        dataset={"name": DATASET, "fingerprint": hash_rows(rows)},
         num_samples=NUM_SAMPLES,
         num_tokens=rows.numel(),
         seed=SEED,

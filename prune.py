@@ -37,6 +37,7 @@ DEVICE: str = "auto"  # auto | cuda | mps | cpu: where the result is tried
 DTYPE: str = "auto"  # auto | bfloat16 | float32: in which precision the result is tried; weights keep their own
 
 SHARD_BYTES = 5_000_000_000  # largest output file
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # as safetensors spells them
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -218,7 +219,20 @@ class Planned:
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * common.DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+def axes_of(family: common.Family, tensor: str) -> tuple[tuple, int | None]:
+    """The axes of a tensor of a checkpoint and its layer's number (None outside the layers)."""
+    parts = tensor.split(".")
+    layer = int(parts[2]) if tensor.startswith("model.layers.") and parts[2].isdigit() else None
+    pattern = tensor if layer is None else ".".join(["model.layers.*", *parts[3:]])
+    if pattern not in family.tensors:
+        raise PareError(
+            f"the checkpoint holds a tensor that the table of model families does not know: {tensor}.\n"
+            f"Add {pattern} with its axes to FAMILIES in common.py; nothing is cut by guess."
+        )
+    return family.tensors[pattern], layer
 
 
 def kept_channels(keep: Keep, axis: str | None, layer: int | None, head_dim: int) -> torch.Tensor | None:
@@ -238,9 +252,9 @@ def plan_tensors(infos: dict[str, common.TensorInfo], keep: Keep, checkpoint: co
     planned = []
     new_index = {layer: index for index, layer in enumerate(keep.layers)}
     for source, info in infos.items():
-        axes, layer = common.axes_of(checkpoint.family, source)
-        if info.dtype not in common.DTYPE_BYTES:
-            known = ", ".join(common.DTYPE_BYTES)
+        axes, layer = axes_of(checkpoint.family, source)
+        if info.dtype not in DTYPE_BYTES:
+            known = ", ".join(DTYPE_BYTES)
             raise PareError(f"MODEL = {checkpoint.name!r}: {source} is {info.dtype}; Pare slices {known} only.")
         if layer is not None and layer not in new_index:
             continue
@@ -267,9 +281,24 @@ def check_shapes(config, shapes: dict[str, tuple], what: str) -> None:
         )
 
 
+def portable_config(raw: dict, config) -> dict:
+    """config.json that old and new readers agree on: nested rope_parameters and the legacy keys beside them.
+
+    transformers before 5 and several runtimes read only `rope_theta` and `rope_scaling`.
+    """
+    rope = config.rope_parameters
+    main = rope.get("full_attention", rope) if config.model_type == "olmo3" else rope
+    scaling = {key: value for key, value in main.items() if key != "rope_theta"}
+    return raw | {
+        "rope_parameters": rope,
+        "rope_theta": main["rope_theta"],
+        "rope_scaling": None if main.get("rope_type", "default") == "default" else scaling,
+    }
+
+
 def student_config(checkpoint: common.Checkpoint, sizes: Sizes, keep: Keep) -> dict:
     """config.json of the student: the teacher's with new sizes, head_dim and layer_types always written out."""
-    raw = common.portable_config(checkpoint.raw, checkpoint.config) | vars(sizes)
+    raw = portable_config(checkpoint.raw, checkpoint.config) | vars(sizes)
     raw["head_dim"] = checkpoint.head_dim
     for key in checkpoint.family.per_layer:
         values = getattr(checkpoint.config, key, None)
@@ -369,7 +398,7 @@ def print_sizes(infos: dict[str, common.TensorInfo], planned: list[Planned], tea
     for name, old in vars(teacher).items():
         new = vars(student)[name]
         rows.append([name, old, new, f"{new / old:.0%}"])
-    bytes_before = sum(math.prod(info.shape) * common.DTYPE_BYTES[info.dtype] for info in infos.values())
+    bytes_before = sum(math.prod(info.shape) * DTYPE_BYTES[info.dtype] for info in infos.values())
     bytes_after = sum(tensor.num_bytes for tensor in planned)
     rows.append(
         ["GB on disk", f"{bytes_before / 1e9:.3f}", f"{bytes_after / 1e9:.3f}", f"{bytes_after / bytes_before:.0%}"]
@@ -404,7 +433,7 @@ def main() -> Path:
     planned = plan_tensors(infos, keep, checkpoint)
     raw = student_config(checkpoint, student, keep)
     shapes = {tensor.name: tensor.shape for tensor in planned}
-    check_shapes(type(config).from_dict(raw), shapes, "the student")
+    check_shapes(common.parse_config(type(config), raw, "these sizes"), shapes, "the student")
     print(f"pruning {MODEL} into {output}/")
     print_sizes(infos, planned, teacher, student)
 

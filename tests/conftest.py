@@ -56,9 +56,7 @@ CONFIGS = {  # what every test of "each family" runs over
     ),
     "olmo2": lambda **more: transformers.Olmo2Config(**SHAPE | {"num_hidden_layers": 4} | more),
     "llama": lambda **more: transformers.LlamaConfig(
-        **SHAPE
-        | {"num_hidden_layers": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}
-        | more
+        **SHAPE | {"num_hidden_layers": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True} | more
     ),
 }
 
