@@ -647,15 +647,18 @@ def open_splits(dataset: str, config: str | None, constant: str) -> dict:
         raise PareError(f"{what} with DATASET_CONFIG = {config!r} cannot be opened: {first_line(error)}") from None
 
 
-def pack_rows(documents: Iterable[str], tokenizer, length: int, vocab_size: int) -> Iterator[tuple]:
+def pack_rows(
+    documents: Iterable[str], tokenizer, length: int, vocab_size: int, read_ahead: int = 64
+) -> Iterator[tuple]:
     """Documents, each ended with the end-of-text token, joined and cut into full rows of `length` tokens.
 
     Yields (input_ids, position_ids), both of `length` whole numbers. Positions restart at every document, and at the
-    start of a row, where what went before is out of sight. The unfinished last row is dropped.
+    start of a row, where what went before is out of sight. The unfinished last row is dropped. `read_ahead` documents
+    are taken at a time: a fast tokenizer works on them in parallel.
     """
     eos = tokenizer.eos_token_id
     documents, ids, positions = iter(documents), [], []
-    while batch := list(itertools.islice(documents, 64)):  # fast tokenizers work on a batch in parallel
+    while batch := list(itertools.islice(documents, read_ahead)):
         for new in tokenizer(batch, verbose=False)["input_ids"]:
             if not new or new[-1] != eos:
                 new = [*new, eos]

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import shutil
@@ -194,8 +195,8 @@ def evaluate(student, teacher, rows, settings) -> dict:
 # The data: packed rows on disk, and row i of the run as a function of the seed
 
 
-def pack_to_disk(documents, tokenizer, length: int, num_rows: int, vocab_size: int, path: Path, description: str):
-    """Pack documents into at most `num_rows` rows of an Arrow file at `path`; return how many there were."""
+def pack_to_disk(path: Path, num_rows: int, description: str, rows) -> int:
+    """Write at most `num_rows` packed rows to an Arrow file; return how many there were."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
@@ -203,12 +204,10 @@ def pack_to_disk(documents, tokenizer, length: int, num_rows: int, vocab_size: i
     progress = common.Progress(num_rows, "rows", description)
     count = 0
     with ArrowWriter(path=str(path), features=features) as writer:
-        for input_ids, position_ids in common.pack_rows(documents, tokenizer, length, vocab_size):
+        for input_ids, position_ids in itertools.islice(rows, num_rows):
             writer.write({"input_ids": input_ids, "position_ids": position_ids})
             progress.update(1)
             count += 1
-            if count == num_rows:
-                break
         if count:
             writer.finalize()
     progress.close()
@@ -246,19 +245,19 @@ def prepare_data(folder: Path, teacher: common.Checkpoint, settings) -> tuple:
             return common.open_text(name, *columns, shuffle_seed=seed, constant=constant)
 
         documents = text(settings.dataset, "DATASET", settings.seed)
-        held_out = documents
+        held_out, source = documents, "DATASET"
         if settings.eval_dataset is not None:
-            held_out = text(settings.eval_dataset, "EVAL_DATASET")
+            held_out, source = text(settings.eval_dataset, "EVAL_DATASET"), "EVAL_DATASET"
+        parts = {  # held-out text is read one document at a time: what is read ahead is lost to training
+            "held_out": (source, max(1, settings.eval_tokens // length), held_out, 1),
+            "train": ("DATASET", key["train_rows"], documents, 64),
+        }
         with common.new_folder(folder) as temporary:
-            num_held_out = max(1, settings.eval_tokens // length)
-            for name, source, num_rows, constant in (
-                ("held_out", held_out, num_held_out, "EVAL_DATASET" if settings.eval_dataset else "DATASET"),
-                ("train", documents, key["train_rows"], "DATASET"),
-            ):
-                path = temporary / f"{name}.arrow"
-                if not pack_to_disk(source, tokenizer, length, num_rows, vocab_size, path, f"packing {name}"):
+            for part, (constant, num_rows, part_documents, read_ahead) in parts.items():
+                rows = common.pack_rows(part_documents, tokenizer, length, vocab_size, read_ahead)
+                if not pack_to_disk(temporary / f"{part}.arrow", num_rows, f"packing {part} text", rows):
                     raise PareError(
-                        f"{constant} = {getattr(settings, constant.lower())!r} has too little text for one {name} row "
+                        f"{constant} = {getattr(settings, constant.lower())!r} has too little text for one {part} row "
                         f"of SEQUENCE_LENGTH = {length}. Give it more text, or lower SEQUENCE_LENGTH or EVAL_TOKENS."
                     )
             common.write_json(temporary / "pare.json", {"key": key})
@@ -669,7 +668,8 @@ def main() -> Path:
     teacher = common.load_model(teacher_checkpoint, settings.dtype, settings.device, "TEACHER")
     student = common.load_model(student_checkpoint, torch.float32, settings.device, "STUDENT")
     if GRADIENT_CHECKPOINTING:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)  # renamed
+        enable({"use_reentrant": False})
     optimizer = build_optimizer(student, settings)
     latest = latest_checkpoint(output / "checkpoints")
     first_step = load_checkpoint(latest, student, optimizer, record) if latest else 0

@@ -1,0 +1,454 @@
+"""The loss against float64, packing, resuming after a kill, and what a run writes."""
+
+import itertools
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from conftest import CONFIGS, DOCUMENTS, ROOT, build_tokenizer, configure, load, random_model, save_checkpoint
+from safetensors.torch import load_file
+
+import common
+import distill
+from common import PareError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def naive_kl(hidden, weight, teacher_hidden, teacher_weight, temperature, denominator):
+    """Full logits, float64, autograd."""
+    p_log = torch.log_softmax(hidden @ weight.T / temperature, dim=-1)
+    q_log = torch.log_softmax(teacher_hidden @ teacher_weight.T / temperature, dim=-1)
+    return temperature**2 / denominator * (q_log.exp() * (q_log - p_log)).sum()
+
+
+def relative_error(value, reference) -> float:
+    return ((value.double() - reference).norm() / reference.norm()).item()
+
+
+N, V, H, H_T = 23, 131, 12, 20
+
+
+def loss_inputs(num_tokens=N, closeness=None):
+    """Hidden states and heads in float64; `closeness` makes the student's logits the teacher's plus that much noise."""
+    generator = torch.Generator().manual_seed(1)
+    teacher_hidden = torch.randn(num_tokens, H_T, generator=generator, dtype=torch.float64)
+    teacher_weight = torch.randn(V, H_T, generator=generator, dtype=torch.float64)
+    if closeness is None:
+        hidden = torch.randn(num_tokens, H, generator=generator, dtype=torch.float64)
+        weight = torch.randn(V, H, generator=generator, dtype=torch.float64)
+    else:
+        hidden = teacher_hidden.clone()
+        weight = teacher_weight + closeness * torch.randn(V, H_T, generator=generator, dtype=torch.float64)
+    # Exactly representable in float32, so that both computations see the same numbers.
+    return [tensor.float().double() for tensor in (hidden, weight, teacher_hidden, teacher_weight)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("rows_per_chunk", [1, 2, 7, 22, 23, 1000])
+def test_chunked_loss_and_gradients_equal_float64(rows_per_chunk, temperature):
+    hidden, weight, teacher_hidden, teacher_weight = loss_inputs()
+    reference = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    expected = naive_kl(*reference, teacher_hidden, teacher_weight, temperature, 57)
+    expected.backward()
+    leaves = [tensor.float().requires_grad_() for tensor in (hidden, weight)]
+    chunk_bytes = rows_per_chunk * 4 * V * 4
+    assert distill.chunk_rows(chunk_bytes, V, torch.float32) == rows_per_chunk
+    loss = distill.forward_kl(
+        *leaves,
+        teacher_hidden.float(),
+        teacher_weight.float(),
+        denominator=57,
+        temperature=temperature,
+        chunk_bytes=chunk_bytes,
+    )
+    (3 * loss).backward()  # the incoming gradient counts
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for leaf, exact in zip(leaves, reference, strict=True):
+        assert relative_error(leaf.grad, 3 * exact.grad) < 1e-5
+
+
+@pytest.mark.parametrize("counted", [1, 2, 9])
+def test_masked_tokens_have_no_part_in_loss_or_gradient(counted):
+    hidden, weight, teacher_hidden, teacher_weight = loss_inputs()
+    mask = torch.zeros(N, dtype=torch.bool)
+    mask[torch.randperm(N, generator=torch.Generator().manual_seed(2))[:counted]] = True
+    reference = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    naive_kl(reference[0][mask], reference[1], teacher_hidden[mask], teacher_weight, 1.0, counted).backward()
+    leaves = [tensor.float().requires_grad_() for tensor in (hidden, weight)]
+    teacher = teacher_hidden.float()[mask], teacher_weight.float()
+    distill.forward_kl(leaves[0][mask], leaves[1], *teacher, denominator=counted, chunk_bytes=4000).backward()
+    assert leaves[0].grad[~mask].abs().max() == 0
+    for leaf, exact in zip(leaves, reference, strict=True):
+        assert relative_error(leaf.grad, exact.grad) < 1e-5
+
+
+@pytest.mark.parametrize("closeness", [1.0, 0.1, 0.01])
+def test_gradients_are_exact_with_the_student_close_to_the_teacher(closeness):
+    """Where p - q is a small difference of large numbers; in float32 to 1e-4, and never negative."""
+    hidden, weight, teacher_hidden, teacher_weight = loss_inputs(closeness=closeness)
+    reference = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    naive_kl(*reference, teacher_hidden, teacher_weight, 1.0, N).backward()
+    leaves = [tensor.float().requires_grad_() for tensor in (hidden, weight)]
+    loss = distill.forward_kl(*leaves, teacher_hidden.float(), teacher_weight.float(), denominator=N)
+    loss.backward()
+    assert loss.item() >= 0
+    for leaf, exact in zip(leaves, reference, strict=True):
+        assert relative_error(leaf.grad, exact.grad) < 1e-4
+
+
+def test_frozen_head_gets_no_gradient():
+    hidden, weight, teacher_hidden, teacher_weight = (tensor.float() for tensor in loss_inputs())
+    hidden.requires_grad_()
+    distill.forward_kl(hidden, weight, teacher_hidden, teacher_weight, denominator=N).backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+
+
+def test_no_counted_token_gives_zero():
+    hidden, weight, teacher_hidden, teacher_weight = (tensor.float() for tensor in loss_inputs(num_tokens=0))
+    loss = distill.forward_kl(hidden.requires_grad_(), weight, teacher_hidden, teacher_weight, denominator=1)
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_model_gradients_equal_naive_ones_in_any_split(tied, tmp_path):
+    """Every parameter's gradient of a step, from full float64 logits in one batch, and from micro-batches of any size:
+    one denominator for the step. Covers the tied head."""
+    config = CONFIGS["olmo3"](vocab_size=300, tie_word_embeddings=tied)
+    teacher, student = random_model(CONFIGS["olmo3"](vocab_size=300), seed=1), random_model(config, seed=2)
+    rows = list(itertools.islice(common.pack_rows(DOCUMENTS, build_tokenizer(), 32, 300), 6))
+    input_ids, position_ids = (torch.tensor([row[i] for row in rows]) for i in (0, 1))
+    mask = distill.counted(position_ids)
+    options = {"position_ids": position_ids, "use_cache": False}
+    logits = student(input_ids, **options).logits[mask].double()
+    teacher_logits = teacher(input_ids, **options).logits[mask].double().detach()
+    q_log, p_log = teacher_logits.log_softmax(-1), logits.log_softmax(-1)
+    ((q_log.exp() * (q_log - p_log)).sum() / mask.sum()).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+
+    for micro_batch_size in (1, 2, 6):
+        student.zero_grad()
+        for start in range(0, 6, micro_batch_size):
+            part = slice(start, start + micro_batch_size)
+            states = distill.hidden_states(student, input_ids[part], position_ids[part])[mask[part]]
+            with torch.no_grad():
+                teacher_states = distill.hidden_states(teacher, input_ids[part], position_ids[part])[mask[part]]
+            distill.forward_kl(
+                states,
+                student.lm_head.weight,
+                teacher_states,
+                teacher.lm_head.weight,
+                denominator=int(mask.sum()),
+                chunk_bytes=10_000,
+            ).backward()
+        for name, parameter in student.named_parameters():
+            assert relative_error(parameter.grad, expected[name].double()) < 1e-4, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
+
+
+def test_rows_hold_every_token_and_positions_restart():
+    tokenizer = build_tokenizer()
+    rows = list(common.pack_rows(DOCUMENTS, tokenizer, 50, 300))
+    stream = [token for document in DOCUMENTS for token in [*tokenizer(document)["input_ids"], 0]]
+    assert [token for ids, _ in rows for token in ids] == stream[: len(stream) // 50 * 50]
+    for ids, positions in rows:
+        expected, position = [], 0
+        for token in ids:
+            expected.append(position)
+            position = 0 if token == 0 else position + 1
+        assert positions == expected
+        mask = distill.counted(torch.tensor([positions]))[0]
+        assert mask.tolist() == [token != 0 for token in ids[:-1]] + [False]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", ["olmo3", "olmo2", "llama"])
+def test_packed_documents_do_not_see_each_other(family, training):
+    """As teacher (eval) and as student (train, with gradient checkpointing)."""
+    model = random_model(CONFIGS[family](vocab_size=300))
+    if training:
+        model.train()
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    first, second = (torch.randint(2, 300, (1, n), generator=torch.Generator().manual_seed(n)) for n in (19, 26))
+    positions = torch.cat([torch.arange(19), torch.arange(26)])[None]
+    together = distill.hidden_states(model, torch.cat([first, second], dim=1), positions)
+    apart = [distill.hidden_states(model, ids, torch.arange(ids.shape[1])[None]) for ids in (first, second)]
+    logits = [model.lm_head(states) for states in (together, torch.cat(apart, dim=1))]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=2e-5)
+
+
+def test_row_order_is_a_permutation_of_every_epoch_and_a_function_of_the_seed():
+    steps = [distill.row_indices(step, 4, 12, seed=3) for step in range(6)]
+    first, second = [*itertools.chain(*steps[:3])], [*itertools.chain(*steps[3:])]
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+    assert distill.row_indices(4, 4, 12, seed=3) == steps[4]
+    assert distill.row_indices(4, 4, 12, seed=4) != steps[4]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A teacher and a smaller student with its own random weights."""
+    root = tmp_path_factory.mktemp("pair")
+    smaller = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4}
+    return save_checkpoint(root / "teacher", "olmo3", seed=1), save_checkpoint(root / "student", "olmo3", 2, **smaller)
+
+
+def run_constants(pair, text: str, output, **more) -> dict:
+    return {
+        "TEACHER": str(pair[0]),
+        "STUDENT": str(pair[1]),
+        "OUTPUT_DIR": str(output),
+        "DATASET": text,
+        "DATASET_CONFIG": None,
+        "SEQUENCE_LENGTH": 32,
+        "TRAIN_TOKENS": 12 * 128,
+        "TOKENS_PER_STEP": 128,
+        "MICRO_BATCH_SIZE": 2,
+        "LEARNING_RATE": 3e-3,
+        "MIN_LEARNING_RATE": 1e-4,
+        "WARMUP_STEPS": 2,
+        "EVAL_EVERY": 4,
+        "EVAL_TOKENS": 256,
+        "SAVE_EVERY": 3,
+        "DEVICE": "cpu",
+    } | more
+
+
+def distilled(pair, text, output, **more):
+    configure(distill, **run_constants(pair, text, output, **more))
+    return distill.main()
+
+
+def lines_of(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(pair, text, tmp_path_factory):
+    """One uninterrupted run that several tests look at."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    before = {name: getattr(distill, name) for name in common.constants_of(distill)}
+    folder = distilled(pair, text, output)
+    for name, value in before.items():
+        setattr(distill, name, value)
+    return output, folder
+
+
+def test_a_run_learns_and_records(finished):
+    output, _ = finished
+    lines = lines_of(output)
+    assert [line["step"] for line in lines] == list(range(13))
+    evaluated = [line for line in lines if "held_out_kl" in line]
+    assert [line["step"] for line in evaluated] == [0, 4, 8, 12]
+    assert evaluated[-1]["held_out_kl"] < 0.8 * evaluated[0]["held_out_kl"]
+    last = evaluated[-1]
+    assert last["held_out_perplexity"] == pytest.approx(math.exp(last["held_out_loss"]))
+    assert 0 <= last["held_out_agreement"] <= 1
+    assert lines[12]["learning_rate"] == pytest.approx(1e-4)
+    assert max(line.get("learning_rate", 0) for line in lines) == pytest.approx(3e-3)
+    assert (output / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-00000009", "step-00000012"]
+
+
+def test_the_export_is_a_plain_bfloat16_folder_with_a_card(finished, pair):
+    output, folder = finished
+    assert folder == output / "model"
+    weights = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    model = load(folder)
+    assert model.config.hidden_size == 32
+    assert transformers.AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
+    assert (folder / "tokenizer.json").read_bytes() == (pair[1] / "tokenizer.json").read_bytes()
+    card = (folder / "README.md").read_text()
+    evaluated = [line for line in lines_of(output) if "held_out_kl" in line]
+    for needed in (str(pair[0]), "hidden_size | 48 | 32", "LEARNING_RATE", f"{evaluated[-1]['held_out_kl']:.4f}"):
+        assert needed in card
+    master = load_file(output / "checkpoints" / "step-00000012" / "model.safetensors")
+    assert {tensor.dtype for tensor in master.values()} == {torch.float32}
+    assert all(torch.equal(weights[name], master[name].bfloat16()) for name in master)
+
+
+def test_evaluation_equals_full_logits(finished, pair, text):
+    """KL, losses and agreement of the exported step against a plain computation on the same held-out rows."""
+    import datasets
+
+    output, _ = finished
+    rows = datasets.Dataset.from_file(str(output / "data" / "held_out.arrow"))
+    input_ids, position_ids = torch.tensor(rows["input_ids"][:]), torch.tensor(rows["position_ids"][:])
+    teacher, student = load(pair[0]), load(pair[1])
+    mask = distill.counted(position_ids)
+    labels = input_ids.roll(-1, 1)[mask]
+    options = {"position_ids": position_ids, "use_cache": False}
+    with torch.no_grad():
+        p_log, q_log = (m(input_ids, **options).logits[mask].double().log_softmax(-1) for m in (student, teacher))
+    first = lines_of(output)[0]
+    assert first["held_out_kl"] == pytest.approx((q_log.exp() * (q_log - p_log)).sum(-1).mean().item(), rel=1e-5)
+    assert first["held_out_loss"] == pytest.approx(-p_log.gather(1, labels[:, None]).mean().item(), rel=1e-5)
+    assert first["teacher_loss"] == pytest.approx(-q_log.gather(1, labels[:, None]).mean().item(), rel=1e-5)
+    agreement = (p_log.argmax(-1) == q_log.argmax(-1)).double().mean().item()
+    assert first["held_out_agreement"] == pytest.approx(agreement, abs=2 / len(labels))
+
+
+def test_held_out_documents_are_not_trained_on(finished):
+    import datasets
+
+    output, _ = finished
+    tokenizer = build_tokenizer()
+    names = {}
+    for part in ("held_out", "train"):
+        rows = datasets.Dataset.from_file(str(output / "data" / f"{part}.arrow"))
+        words = tokenizer.decode([token for row in rows["input_ids"] for token in row])
+        names[part] = {number for number in range(60) if f"Document {number}. " in words}
+    assert names["held_out"]
+    assert names["train"]
+    assert not names["held_out"] & names["train"]
+
+
+def test_gradient_checkpointing_changes_nothing(finished, pair, text, tmp_path):
+    distilled(pair, text, tmp_path / "out", GRADIENT_CHECKPOINTING=False)
+    plain, checkpointed = (lines_of(output)[-1]["held_out_kl"] for output in (tmp_path / "out", finished[0]))
+    assert plain == pytest.approx(checkpointed, rel=1e-4)
+
+
+def start(pair, text, output, **more):
+    """The run as a user starts it, in a process of its own."""
+    arguments = [f"{name}={value}" for name, value in run_constants(pair, text, output, **more).items()]
+    command = [sys.executable, str(ROOT / "distill.py"), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def final_bytes(output) -> dict[str, bytes]:
+    files = ["model/model.safetensors", *(f"checkpoints/step-00000012/{n}.safetensors" for n in ("model", "optimizer"))]
+    return {file: (output / file).read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("kill_after", ["step-00000003", "step-00000009"])
+def test_a_killed_run_continues_to_the_same_bits(kill_after, finished, pair, text, tmp_path):
+    """SIGKILL as soon as a checkpoint is there, the same command again, and every byte is that of the finished run.
+
+    The finished run is repeated in processes with one thread count, so that only the kill differs.
+    """
+    straight = start(pair, text, tmp_path / "straight")
+    killed = start(pair, text, tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoints" / kill_after).exists():
+        assert time.monotonic() < deadline
+        assert killed.poll() is None, killed.stdout.read()
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "model").exists()
+    again = start(pair, text, tmp_path / "killed")
+    printed = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, printed
+    assert "continuing after step" in printed
+    assert straight.wait(timeout=120) == 0
+    assert final_bytes(tmp_path / "killed") == final_bytes(tmp_path / "straight")
+    steps = [[line["step"] for line in lines_of(tmp_path / name)] for name in ("killed", "straight")]
+    assert steps[0] == steps[1] == list(range(13))
+    losses = [[line.get("loss") for line in lines_of(tmp_path / name)] for name in ("killed", "straight")]
+    assert losses[0] == losses[1]
+
+
+def copy_of(finished, tmp_path):
+    import shutil
+
+    shutil.copytree(finished[0], tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, pair, text, tmp_path, capsys):
+    output = copy_of(finished, tmp_path)
+    newest = output / "checkpoints" / "step-00000012" / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    newest.write_bytes(content)
+    distilled(pair, text, output)
+    printed = capsys.readouterr().out
+    assert "step-00000012 is damaged" in printed
+    assert "continuing after step 9" in printed
+    assert final_bytes(output)["model/model.safetensors"] == final_bytes(finished[0])["model/model.safetensors"]
+
+
+def test_a_run_with_other_constants_is_not_continued(finished, pair, text, tmp_path):
+    output = copy_of(finished, tmp_path)
+    with pytest.raises(PareError, match=r"LEARNING_RATE = 0.001 \(was 0.003\)"):
+        distilled(pair, text, output, LEARNING_RATE=1e-3)
+    other = save_checkpoint(tmp_path / "other", "olmo3", seed=9)
+    with pytest.raises(PareError, match="TEACHER"):
+        distilled((other, pair[1]), text, output)
+    assert final_bytes(output) == final_bytes(finished[0])
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(pair, text, tmp_path, monkeypatch):
+    original = distill.forward_kl
+
+    def poisoned(*args, **kwargs):
+        return original(*args, **kwargs) * (float("nan") if distill.poison else 1)
+
+    monkeypatch.setattr(distill, "forward_kl", poisoned)
+    monkeypatch.setattr(distill, "poison", False, raising=False)
+    step = distill.train_step
+
+    def poison_from_seven(*args):
+        distill.poison = args[4] == 7
+        return step(*args)
+
+    monkeypatch.setattr(distill, "train_step", poison_from_seven)
+    with pytest.raises(PareError, match="LEARNING_RATE"):
+        distilled(pair, text, tmp_path / "out")
+    assert distill.verifies(tmp_path / "out" / "checkpoints" / "step-00000006")
+    weights = load_file(tmp_path / "out" / "checkpoints" / "step-00000006" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+TRACKER = """
+calls = []
+def init(**constants): calls.append(constants)
+def log(metrics, step): calls.append((step, metrics))
+"""
+
+
+def test_report_to_logs_to_the_tracker(pair, text, tmp_path, monkeypatch):
+    """A stand-in package of the tracker's name records what it is given."""
+    (tmp_path / "trackio.py").write_text(
+        "calls = []\ndef init(**k): calls.append(k)\ndef log(m, step): calls.append((step, m))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    distilled(pair, text, tmp_path / "out", REPORT_TO="trackio", TRAIN_TOKENS=128)
+    import trackio
+
+    assert trackio.calls[0]["config"]["TRAIN_TOKENS"] == 128
+    assert [step for step, _ in trackio.calls[1:]] == [0, 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_bfloat16_gradients_on_gpu():
+    """Logits straight to float32: at most 1 % gradient error with the student close to the teacher."""
+    hidden, weight, teacher_hidden, teacher_weight = loss_inputs(closeness=0.1)
+    inputs = [t.bfloat16().cuda() for t in (hidden, weight, teacher_hidden, teacher_weight)]
+    reference = [inputs[0].double().requires_grad_(), inputs[1].double().requires_grad_()]
+    naive_kl(*reference, inputs[2].double(), inputs[3].double(), 1.0, N).backward()
+    leaves = [inputs[0].clone().requires_grad_(), inputs[1].float().requires_grad_()]
+    distill.forward_kl(*leaves, inputs[2], inputs[3], denominator=N).backward()
+    for leaf, exact in zip(leaves, reference, strict=True):
+        assert relative_error(leaf.grad, exact.grad) < 1e-2
