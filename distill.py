@@ -346,8 +346,8 @@ def latest_checkpoint(root: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(folder: Path, student, optimizer, record: dict) -> int:
-    """Restore weights, optimizer and random state in place; return the step. Refuses another run's checkpoint."""
+def check_same_run(folder: Path, record: dict) -> None:
+    """Refuse to continue from a checkpoint of a run with other constants or other models."""
     saved = json.loads((folder / "pare.json").read_text())
     differences = [
         f"{name} = {record['constants'].get(name)!r} (was {saved['constants'].get(name)!r})"
@@ -356,12 +356,16 @@ def load_checkpoint(folder: Path, student, optimizer, record: dict) -> int:
     ]
     for constant in ("teacher", "student"):
         if saved[constant]["weights_hash"] != record[constant]["weights_hash"]:
-            differences.append(f"the weights in {constant.upper()} = {record[constant]['name']!r}")
+            differences.append(f"weights in {constant.upper()} = {record[constant]['name']!r}")
     if differences:
         raise PareError(
             f"OUTPUT_DIR = {record['constants']['OUTPUT_DIR']!r} holds a run with other {', '.join(differences)}.\n"
             "Put that back to continue it, or choose another OUTPUT_DIR."
         )
+
+
+def load_checkpoint(folder: Path, student, optimizer) -> int:
+    """Restore weights, optimizer and random state in place; return the step."""
     weights = load_file(folder / "model.safetensors")
     state = load_file(folder / "optimizer.safetensors")
     with torch.no_grad():
@@ -375,7 +379,7 @@ def load_checkpoint(folder: Path, student, optimizer, record: dict) -> int:
     torch.set_rng_state(state["rng.cpu"])
     if "rng.cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng.cuda"])
-    return saved["step"]
+    return json.loads((folder / "pare.json").read_text())["step"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -649,6 +653,9 @@ def main() -> Path:
     common.check_own_folder(output, "OUTPUT_DIR")
     teacher_checkpoint = common.find_checkpoint(TEACHER, REVISION, "TEACHER")
     student_checkpoint = common.find_checkpoint(STUDENT, None, "STUDENT")
+    for constant, checkpoint in (("TEACHER", teacher_checkpoint), ("STUDENT", student_checkpoint)):
+        if output.resolve() == checkpoint.folder.resolve():
+            raise PareError(f"OUTPUT_DIR = {OUTPUT_DIR!r} is the folder of {constant} itself; choose another.")
     check_same_vocabulary(teacher_checkpoint, student_checkpoint)
     hashes = [
         common.hash_checkpoint(teacher_checkpoint, "TEACHER"),
@@ -660,8 +667,12 @@ def main() -> Path:
         student={"name": STUDENT, "revision": student_checkpoint.revision, "weights_hash": hashes[1]},
         tokens=settings.num_steps * settings.tokens_per_step,
     )
+    latest = latest_checkpoint(output / "checkpoints")
+    if latest:
+        check_same_run(latest, record)
     output.mkdir(parents=True, exist_ok=True)
-    common.write_json(output / "pare.json", record)
+    if not (output / "pare.json").exists():
+        common.write_json(output / "pare.json", record)
 
     torch.manual_seed(SEED)
     held_out, rows = prepare_data(output / "data", teacher_checkpoint, settings)
@@ -671,8 +682,8 @@ def main() -> Path:
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)  # renamed
         enable({"use_reentrant": False})
     optimizer = build_optimizer(student, settings)
-    latest = latest_checkpoint(output / "checkpoints")
-    first_step = load_checkpoint(latest, student, optimizer, record) if latest else 0
+    first_step = load_checkpoint(latest, student, optimizer) if latest else 0
+    common.write_json(output / "pare.json", record)
     print_plan(student, rows, first_step, settings)
 
     metrics_path = output / "metrics.jsonl"

@@ -421,14 +421,13 @@ def main() -> Path:
     config = checkpoint.config
     teacher = sizes_of(config)
     student = target_sizes(teacher, targets, LAYERS_TO_DROP)
-    layer_types = common.layer_types_of(config)
-    layers = choose_layers(
-        scores["layer"], layer_types, student.num_hidden_layers, LAYERS_TO_DROP, PROTECT_FULL_ATTENTION
-    )
     infos = common.tensor_infos(checkpoint, "MODEL")
     check_shapes(config, {name: info.shape for name, info in infos.items()}, f"MODEL = {MODEL!r}")
     check_scores(scores, checkpoint, scores_path)
 
+    layer_types = common.layer_types_of(config)
+    drop = LAYERS_TO_DROP, PROTECT_FULL_ATTENTION
+    layers = choose_layers(scores["layer"], layer_types, student.num_hidden_layers, *drop)
     keep = choose(scores, teacher, student, layers)
     planned = plan_tensors(infos, keep, checkpoint)
     raw = student_config(checkpoint, student, keep)
