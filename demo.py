@@ -24,12 +24,12 @@ import distill
 import importance_analysis
 import prune
 
-OUTPUT_DIR: str = "demo_output"
+OUTPUT_DIR: str = "demo_output"  # made anew by every run
 NUM_SAMPLES: int = 512  # calibration rows of 256 tokens
 TRAIN_TOKENS: int = 2**19  # for each of the two students
 PROMPT: str = "import os\n\ndef "  # what the greedy samples continue
-SAMPLE_TOKENS: int = 60
-SEED: int = 0
+SAMPLE_TOKENS: int = 60  # length of a sample
+SEED: int = 0  # of calibration, the random student and the order of training rows
 
 TEACHER = Path(__file__).resolve().parent / "assets" / "tiny-olmo3"
 SIZES = {  # half of the teacher's 2.54M parameters outside the embeddings; in proportion to the 7B's default target

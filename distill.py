@@ -31,11 +31,11 @@ from common import PareError
 TEACHER: str = "allenai/Olmo-3-7B-Instruct"  # Hub id or local folder
 REVISION: str | None = None  # commit, tag or branch of the teacher's Hub id
 STUDENT: str = "pruned"  # what prune.py wrote: folder or Hub id
-OUTPUT_DIR: str = "distilled"
+OUTPUT_DIR: str = "distilled"  # a folder of its own; an unfinished run in it is continued
 DATASET: str = "HuggingFaceFW/fineweb-edu"  # Hub id, .jsonl, .json, .parquet or .txt file, folder, or saved dataset
 DATASET_CONFIG: str | None = "sample-10BT"  # configuration of a Hub dataset, None for local files
-DATASET_SPLIT: str = "train"
-TEXT_COLUMN: str = "text"
+DATASET_SPLIT: str = "train"  # local files have this one only
+TEXT_COLUMN: str = "text"  # the column of DATASET that holds the documents
 EVAL_DATASET: str | None = None  # held-out text like DATASET; None holds out the first documents of DATASET
 SEQUENCE_LENGTH: int = 4096  # tokens per row
 TRAIN_TOKENS: int = 500_000_000  # the papers use 94B; most of the recovery comes early

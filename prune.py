@@ -25,7 +25,7 @@ from common import HIDDEN, KEY_VALUE, NEURONS, QUERY, PareError
 MODEL: str = "allenai/Olmo-3-7B-Instruct"  # the teacher: Hub id or local folder
 REVISION: str | None = None  # commit, tag or branch of a Hub id
 SCORES_PATH: str = "importance_scores.pt"  # written by importance_analysis.py for the same MODEL
-OUTPUT_DIR: str = "pruned"
+OUTPUT_DIR: str = "pruned"  # a folder of its own; replaced when the new result is complete
 HIDDEN_SIZE: int | None = 3072  # hidden channels kept (teacher: 4096); None keeps all, as below
 INTERMEDIATE_SIZE: int | None = 6144  # MLP neurons kept in each layer (teacher: 11008)
 NUM_ATTENTION_HEADS: int | None = 24  # query heads kept in each layer (teacher: 32); hidden / 128 loads everywhere

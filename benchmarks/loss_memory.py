@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import distill  # noqa: E402
+import distill
 
 VOCAB_SIZE, HIDDEN_SIZE = 100_278, 64
 TOKENS = (512, 1024, 2048, 4096)
