@@ -154,7 +154,7 @@ def autocast(settings):
     return torch.autocast(settings.device.type, settings.dtype, enabled=settings.dtype != torch.float32)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(student, teacher, rows, settings) -> dict:
     """Over held-out rows: KL to the teacher, each model's loss in nats, the student's perplexity, and the share of
     counted positions where both find the same next token the most likely."""
@@ -368,14 +368,19 @@ def load_checkpoint(folder: Path, student, optimizer) -> int:
     """Restore weights, optimizer and random state in place; return the step."""
     weights = load_file(folder / "model.safetensors")
     state = load_file(folder / "optimizer.safetensors")
+    names = {}
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.copy_(weights[name])
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in state]
-            if keys:
-                optimizer.state[parameter] = {
-                    key: state[f"{name}.{key}"].to("cpu" if key == "step" else parameter.device) for key in keys
-                }
+            names[parameter] = name
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {key: state[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for index, name in enumerate(order)
+        if f"{name}.step" in state
+    }
+    # The optimizer puts each tensor where it wants it (a fused `step` on the device, any other on the CPU).
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(state["rng.cpu"])
     if "rng.cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng.cuda"])
@@ -523,15 +528,14 @@ def plot(metrics: list[dict], path: Path) -> None:
 
 CARD = """\
 ---
-base_model: {teacher}
-library_name: transformers
+{base_model}library_name: transformers
 tags: [pruned, distilled, pare]
 ---
 
 # {title}
 
-[{teacher}](https://huggingface.co/{teacher}) pruned and distilled with Pare, after Minitron (arXiv 2407.14679,
-2408.11796): {tokens:,} tokens of `{dataset}`, forward KL on the logits.
+`{teacher}` pruned and distilled with Pare, after Minitron (arXiv 2407.14679, 2408.11796): {tokens:,} tokens of
+`{dataset}`, forward KL on the logits.
 
 {sizes}
 
@@ -558,6 +562,7 @@ def model_card(teacher: common.Checkpoint, student: common.Checkpoint, before: d
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
     sizes = [f"| {name} | {getattr(teacher.config, name)} | {getattr(student.config, name)} |" for name in names]
     return CARD.format(
+        base_model=f"base_model: {teacher.name}\n" if teacher.revision else "",  # the Hub knows Hub ids only
         teacher=teacher.name,
         title=Path(student.name).name,
         tokens=record["tokens"],

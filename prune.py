@@ -314,7 +314,9 @@ def student_config(checkpoint: common.Checkpoint, sizes: Sizes, keep: Keep) -> d
 def read_sliced(folder: Path, planned: Planned, shards: dict) -> torch.Tensor:
     """The student's tensor; `shards` caches the open safetensors files."""
     if planned.file not in shards:
-        shards[planned.file] = safe_open(folder / planned.file, framework="pt")
+        shards[planned.file] = safe_open(
+            folder / planned.file, framework="pt", backend="pread"
+        )  # not mmap: bounded memory
     tensor = shards[planned.file].get_tensor(planned.source)
     for axis, index in enumerate(planned.indices):
         if index is not None and not torch.equal(index, torch.arange(tensor.shape[axis])):
@@ -384,25 +386,17 @@ def parameters_text(count: int) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
 
 
-def print_sizes(infos: dict[str, common.TensorInfo], planned: list[Planned], teacher: Sizes, student: Sizes) -> None:
-    """The before/after table: parameters, every size, bytes."""
-    before, after = ({t: infos[t].shape for t in infos}, {t.name: t.shape for t in planned})
+def print_sizes(before: dict[str, tuple], after: dict[str, tuple], sizes: list[Sizes], folders: list[Path]) -> None:
+    """The before/after table: parameters, every size, bytes on disk."""
     rows = [["", "teacher", "student", "kept"]]
-    for title, old, new in zip(
-        ("parameters", "without embeddings"),
-        common.count_parameters(before),
-        common.count_parameters(after),
-        strict=True,
-    ):
+    counts = zip(common.count_parameters(before), common.count_parameters(after), strict=True)
+    for title, (old, new) in zip(("parameters", "without embeddings"), counts, strict=True):
         rows.append([title, parameters_text(old), parameters_text(new), f"{new / old:.0%}"])
-    for name, old in vars(teacher).items():
-        new = vars(student)[name]
+    for name, old in vars(sizes[0]).items():
+        new = vars(sizes[1])[name]
         rows.append([name, old, new, f"{new / old:.0%}"])
-    bytes_before = sum(math.prod(info.shape) * DTYPE_BYTES[info.dtype] for info in infos.values())
-    bytes_after = sum(tensor.num_bytes for tensor in planned)
-    rows.append(
-        ["GB on disk", f"{bytes_before / 1e9:.3f}", f"{bytes_after / 1e9:.3f}", f"{bytes_after / bytes_before:.0%}"]
-    )
+    old, new = (sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in folders)
+    rows.append(["GB on disk", f"{old / 1e9:.3f}", f"{new / 1e9:.3f}", f"{new / old:.0%}"])
     common.print_table(rows)
 
 
@@ -431,10 +425,11 @@ def main() -> Path:
     keep = choose(scores, teacher, student, layers)
     planned = plan_tensors(infos, keep, checkpoint)
     raw = student_config(checkpoint, student, keep)
-    shapes = {tensor.name: tensor.shape for tensor in planned}
-    check_shapes(common.parse_config(type(config), raw, "these sizes"), shapes, "the student")
-    print(f"pruning {MODEL} into {output}/")
-    print_sizes(infos, planned, teacher, student)
+    before = {name: info.shape for name, info in infos.items()}
+    after = {tensor.name: tensor.shape for tensor in planned}
+    check_shapes(common.parse_config(type(config), raw, "these sizes"), after, "the student")
+    old, new = (parameters_text(common.count_parameters(shapes)[0]) for shapes in (before, after))
+    print(f"pruning {MODEL} from {old} to {new} parameters into {output}/", flush=True)
 
     with common.new_folder(output) as folder:
         write_weights(folder, planned, checkpoint.folder)
@@ -443,6 +438,7 @@ def main() -> Path:
         record = common.run_record(script, teacher=teacher_record(checkpoint, scores), kept=kept_record(keep))
         common.write_json(folder / "pare.json", record)
         try_checkpoint(folder, device, dtype)
+    print_sizes(before, after, [teacher, student], [checkpoint.folder, output])
     print(f"\nWrote {output}/: it loads strictly and runs. Next: uv run distill.py TEACHER={MODEL} STUDENT={output}")
     return output
 

@@ -63,7 +63,8 @@ def test_the_text_is_split_by_document_name():
     documents = dict(demo.python_documents())
     held_out = {name for name in documents if demo.is_held_out(name)}
     assert 0.02 < len(held_out) / len(documents) < 0.15
-    assert demo.is_held_out("topics/comparisons") == demo.is_held_out("topics/comparisons")
+    assert {"enum.py", "uuid.py", "topics/execmodel"} <= held_out  # the same on every machine
+    assert not {"argparse.py", "json/decoder.py", "topics/while"} & held_out
     assert not any(name.startswith("/") or "test/" in name or "site-packages" in name for name in documents)
     assert documents["topics/while"]
     assert "argparse.py" in documents
