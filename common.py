@@ -7,19 +7,18 @@ import ast
 import copy
 import difflib
 import hashlib
+import importlib.util
 import inspect
-import io
 import itertools
 import json
 import math
 import os
-import pickle
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
-import tokenize
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -30,7 +29,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
@@ -44,18 +43,8 @@ class PareError(ValueError):
 
 
 def constants_of(script: types.ModuleType) -> dict[str, str]:
-    """The names of a script's constants with the comments beside them, in order."""
-    source = inspect.getsource(script)
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    return {
-        node.target.id: comments.get(node.end_lineno, "")
-        for node in ast.parse(source).body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id.isupper()
-    }
+    """The names of a script's constants, one `NAME: kind = value  # comment` a line, with their comments."""
+    return dict(re.findall(r"^([A-Z][A-Z0-9_]*): [^=\n]+ = .*?(?:  # (.*))?$", inspect.getsource(script), re.MULTILINE))
 
 
 KIND_NAMES = {
@@ -135,6 +124,10 @@ def run(script: types.ModuleType) -> None:
         sys.exit(130)
 
 
+def output_path(value: str) -> Path:
+    return Path(value).expanduser()
+
+
 def check_choice(name: str, value, choices: Iterable) -> None:
     if value not in choices:
         raise PareError(f"{name} = {value!r}; choose one of {', '.join(map(repr, choices))}.")
@@ -146,30 +139,23 @@ def check_positive(constants: dict, *names: str) -> None:
             raise PareError(f"{name} = {constants[name]} must be greater than 0.")
 
 
+def check_not_negative(constants: dict, *names: str) -> None:
+    for name in names:
+        if constants[name] < 0:
+            raise PareError(f"{name} = {constants[name]} must be 0 or more.")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Device, versions, progress
 
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the first of cuda, mps and cpu that is there. Raises PareError for a device that is not."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
-    found = ["auto", *(kind for kind, there in available.items() if there)]
-    kind, _, index = name.partition(":")
-    there = available.get(kind, False)
-    if kind == "cuda" and there:
-        found += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        there = not index or (index.isdigit() and int(index) < torch.cuda.device_count())
-    elif index:
-        there = False
-    if not there:
-        raise PareError(f"DEVICE = {name!r} is not there; this machine has {', '.join(map(repr, found))}.")
-    return torch.device(name)
+    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    found = [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    if name not in ["auto", *found]:
+        raise PareError(f"DEVICE = {name!r} is not there; this machine has 'auto', {', '.join(map(repr, found))}.")
+    return torch.device(found[0] if name == "auto" else name)
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -189,21 +175,15 @@ def run_record(script: types.ModuleType, **more) -> dict:
     except OSError:  # no git on this machine
         git = ""
     packages = ("torch", "transformers", "datasets", "accelerate", "safetensors")
+    versions = {name: version(name) for name in packages if importlib.util.find_spec(name)}
     return {
         "script": Path(script.__file__).name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "constants": read_constants(script),
-        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in packages},
+        "versions": {"python": platform.python_version()} | versions,
         "git_commit": git or None,
         **more,
     }
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return version(package)
-    except ModuleNotFoundError:  # e.g. `datasets`, where only packed rows are read
-        return None
 
 
 class Progress:
@@ -236,75 +216,45 @@ def print_table(rows: list[list]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Model families. To add one: a row of FAMILIES that names every tensor of its checkpoints and the axes each is cut on.
+# Model families. To add one: a row of FAMILIES that names every module with weights and the axes each is cut on.
 
 HIDDEN, NEURONS, QUERY, KEY_VALUE = "hidden", "neurons", "query", "key_value"  # channels that pruning selects
 WHOLE = None  # an axis that is never cut (the vocabulary, one head's width)
 
-BODY = {  # tensor -> the channels along its axes; `*` is a layer's number
-    "model.embed_tokens.weight": (WHOLE, HIDDEN),
-    "model.layers.*.self_attn.q_proj.weight": (QUERY, HIDDEN),
-    "model.layers.*.self_attn.k_proj.weight": (KEY_VALUE, HIDDEN),
-    "model.layers.*.self_attn.v_proj.weight": (KEY_VALUE, HIDDEN),
-    "model.layers.*.self_attn.o_proj.weight": (HIDDEN, QUERY),
-    "model.layers.*.mlp.gate_proj.weight": (NEURONS, HIDDEN),
-    "model.layers.*.mlp.up_proj.weight": (NEURONS, HIDDEN),
-    "model.layers.*.mlp.down_proj.weight": (HIDDEN, NEURONS),
-    "model.norm.weight": (HIDDEN,),
-    "lm_head.weight": (WHOLE, HIDDEN),
+OUTSIDE_LAYERS = {"model.embed_tokens": (WHOLE, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (WHOLE, HIDDEN)}
+LINEARS = {  # module of a decoder layer -> the channels along the axes of its weight; a bias lies along the first
+    "self_attn.q_proj": (QUERY, HIDDEN),
+    "self_attn.k_proj": (KEY_VALUE, HIDDEN),
+    "self_attn.v_proj": (KEY_VALUE, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, QUERY),
+    "mlp.gate_proj": (NEURONS, HIDDEN),
+    "mlp.up_proj": (NEURONS, HIDDEN),
+    "mlp.down_proj": (HIDDEN, NEURONS),
 }
-ATTENTION_BIASES = {
-    "model.layers.*.self_attn.q_proj.bias": (QUERY,),
-    "model.layers.*.self_attn.k_proj.bias": (KEY_VALUE,),
-    "model.layers.*.self_attn.v_proj.bias": (KEY_VALUE,),
-    "model.layers.*.self_attn.o_proj.bias": (HIDDEN,),
-}
-MLP_BIASES = {
-    "model.layers.*.mlp.gate_proj.bias": (NEURONS,),
-    "model.layers.*.mlp.up_proj.bias": (NEURONS,),
-    "model.layers.*.mlp.down_proj.bias": (HIDDEN,),
-}
-PRE_NORMS = {
-    "model.layers.*.input_layernorm.weight": (HIDDEN,),
-    "model.layers.*.post_attention_layernorm.weight": (HIDDEN,),
-}
-POST_NORMS = {
-    "model.layers.*.post_attention_layernorm.weight": (HIDDEN,),
-    "model.layers.*.post_feedforward_layernorm.weight": (HIDDEN,),
-}
-QK_NORMS_OVER_ALL_HEADS = {
-    "model.layers.*.self_attn.q_norm.weight": (QUERY,),
-    "model.layers.*.self_attn.k_norm.weight": (KEY_VALUE,),
-}
+PRE_NORMS = {"input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,)}
+POST_NORMS = {"post_attention_layernorm": (HIDDEN,), "post_feedforward_layernorm": (HIDDEN,)}
+QK_NORMS_OVER_ALL_HEADS = {"self_attn.q_norm": (QUERY,), "self_attn.k_norm": (KEY_VALUE,)}
 
 
 @dataclass(frozen=True)
 class Family:
     """What scoring and slicing know of an architecture. Module names are relative to a decoder layer."""
 
-    tensors: dict[str, tuple]  # every tensor a checkpoint may hold -> its axes
+    modules: dict[str, tuple]  # every module of a layer that has weights -> the axes of its weight
     attention_norm: str  # the norm that belongs to the attention: its output scores the hidden channels
     feedforward_norm: str  # the norm that belongs to the feed-forward sub-layer
     neurons_at: str = "mlp.down_proj"  # the module whose input is the neurons
     heads_at: str = "self_attn.o_proj"  # the module whose input is the heads, side by side
     per_layer: tuple[str, ...] = ("layer_types",)  # lists in config.json with one entry per layer
-    rope_per_layer_type: bool = False  # rope_parameters must hold an entry for each layer type
+    rope_per_layer_type: bool = False  # rope_parameters holds an entry for each layer type
 
 
-OLMO = BODY | ATTENTION_BIASES | POST_NORMS | QK_NORMS_OVER_ALL_HEADS
+OLMO_MODULES = LINEARS | POST_NORMS | QK_NORMS_OVER_ALL_HEADS
+OLMO_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 FAMILIES = {  # model_type in config.json -> family
-    "llama": Family(
-        BODY | ATTENTION_BIASES | MLP_BIASES | PRE_NORMS,
-        attention_norm="input_layernorm",
-        feedforward_norm="post_attention_layernorm",
-    ),
-    "olmo2": Family(OLMO, attention_norm="post_attention_layernorm", feedforward_norm="post_feedforward_layernorm"),
-    "olmo3": Family(
-        OLMO,
-        attention_norm="post_attention_layernorm",
-        feedforward_norm="post_feedforward_layernorm",
-        rope_per_layer_type=True,
-    ),
+    "llama": Family(LINEARS | PRE_NORMS, "input_layernorm", "post_attention_layernorm"),
+    "olmo2": Family(OLMO_MODULES, *OLMO_NORMS),
+    "olmo3": Family(OLMO_MODULES, *OLMO_NORMS, rope_per_layer_type=True),
 }
 
 
@@ -356,14 +306,16 @@ def find_checkpoint(name: str, revision: str | None, constant: str) -> Checkpoin
         raise PareError(f"{constant} = {name!r} holds no config.json, so it is not a Hugging Face checkpoint.")
     try:
         raw = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise PareError(f"{constant} = {name!r}: config.json is not JSON ({error}). Download it again.") from None
-    model_type = raw.get("model_type")
+        model_type = raw.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise PareError(f"{constant} = {name!r}: config.json is damaged ({error}). Download it again.") from None
     if model_type not in FAMILIES:
         raise PareError(
             f"{constant} = {name!r} is of the family {model_type!r}, which Pare does not know. "
             f"Supported: {', '.join(FAMILIES)}.\nA new family is a row of FAMILIES in common.py."
         )
+    if raw.get("quantization_config"):
+        raise PareError(f"{constant} = {name!r} is quantized; give the bfloat16 or float32 checkpoint it came from.")
     config = parse_config(transformers.CONFIG_MAPPING[model_type], raw, f"{constant} = {name!r}")
     if FAMILIES[model_type].rope_per_layer_type:
         check_rope(config, f"{constant} = {name!r}")
@@ -397,10 +349,10 @@ def download_checkpoint(name: str, revision: str | None, constant: str) -> Path:
             f"{constant} = {name!r} is neither a folder here nor a model on the Hub (or it is private: "
             f"`hf auth login`)."
         ) from None
-    except (OSError, errors.HfHubHTTPError) as error:
+    except Exception as error:  # network, proxy and transfer libraries each raise their own
         raise PareError(
-            f"{constant} = {name!r} is not a folder here, and the Hub could not be reached ({first_line(error)}).\n"
-            f"{LOCAL_OR_DEMO}"
+            f"{constant} = {name!r} is not a folder here, and the Hub could not be reached or gave an error "
+            f"({first_line(error)}).\n{LOCAL_OR_DEMO}"
         ) from None
 
 
@@ -437,7 +389,10 @@ def tensor_infos(checkpoint: Checkpoint, constant: str) -> dict[str, TensorInfo]
     folder = checkpoint.folder
     what = f"{constant} = {checkpoint.name!r}"
     index = folder / "model.safetensors.index.json"
-    weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"]) if index.is_file() else {}
+    except (ValueError, KeyError, TypeError):
+        raise PareError(f"{what}: {index.name} is damaged. Download the model again.") from None
     files = sorted(set(weight_map.values())) or ["model.safetensors"]
     if any(Path(file).name != file for file in files):
         raise PareError(f"{what}: {index.name} points outside its folder; this checkpoint is not to be trusted.")
@@ -471,17 +426,13 @@ def count_parameters(shapes: dict[str, tuple]) -> tuple[int, int]:
 
 def hash_checkpoint(checkpoint: Checkpoint, constant: str) -> str:
     """A hash that tells checkpoints of one shape apart: every tensor's name, shape and a sample of its values."""
-    digest = hashlib.sha256()
-    by_file: dict[str, list[str]] = {}
-    infos = tensor_infos(checkpoint, constant)
-    for name, info in sorted(infos.items()):
-        by_file.setdefault(info.file, []).append(name)
-    for file, names in by_file.items():
-        with safe_open(checkpoint.folder / file, framework="pt") as shard:
-            for name in names:
-                sample = shard.get_slice(name)[:2].contiguous()
-                digest.update(f"{name} {infos[name].shape} {infos[name].dtype}".encode())
-                digest.update(sample.view(torch.uint8).numpy().tobytes())
+    digest, shards = hashlib.sha256(), {}
+    for name, info in sorted(tensor_infos(checkpoint, constant).items()):
+        if info.file not in shards:
+            shards[info.file] = safe_open(checkpoint.folder / info.file, framework="pt")
+        sample = shards[info.file].get_slice(name)[:2].contiguous()
+        digest.update(f"{name} {info.shape} {info.dtype}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -509,9 +460,9 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
             output_loading_info=True,
             attn_implementation="sdpa",
         )
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+    except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
-            raise PareError(f"{what} does not fit on DEVICE = {str(device)!r}; try DTYPE = 'bfloat16'.") from None
+            raise PareError(f"{what} does not fit on DEVICE = {str(device)!r} in {dtype}.") from None
         raise PareError(f"{what} does not load: {first_line(error)}") from None
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
@@ -528,11 +479,19 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
     return model.eval()
 
 
+def check_length(checkpoint: Checkpoint, length: int, constant: str) -> None:
+    longest = checkpoint.config.max_position_embeddings
+    if length > longest:
+        raise PareError(
+            f"SEQUENCE_LENGTH = {length}: {constant} = {checkpoint.name!r} reads {longest} at most; set it to that."
+        )
+
+
 def load_tokenizer(checkpoint: Checkpoint, constant: str):
     """The checkpoint's own tokenizer. Raises PareError where it has none, or no end-of-text token."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         raise PareError(f"{constant} = {checkpoint.name!r} has no tokenizer that loads: {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise PareError(f"{constant} = {checkpoint.name!r}: its tokenizer has no end-of-text (eos) token.")
@@ -540,7 +499,9 @@ def load_tokenizer(checkpoint: Checkpoint, constant: str):
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template and generation config byte for byte."""
+    """Copy tokenizer, chat templates and generation config byte for byte."""
+    if (source / "additional_chat_templates").is_dir():
+        shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates")
     for path in sorted(source.iterdir()):
         text_file = path.suffix in {".json", ".jinja", ".txt", ".model"}
         weights = path.name in {"config.json", "pare.json"} or path.name.endswith(".index.json")
@@ -574,18 +535,15 @@ def open_text(
         raise PareError(f"DATASET_SPLIT = {split!r}: {what} has the splits {', '.join(map(repr, splits))}.")
     rows = splits[split]
     if shuffle_seed is not None:
+        # In memory: a dataset saved to disk would get a cache file in its own folder.
         streaming = not hasattr(rows, "__len__")
-        rows = rows.shuffle(seed=shuffle_seed, **({"buffer_size": 10_000} if streaming else {}))
+        rows = rows.shuffle(seed=shuffle_seed, **({"buffer_size": 10_000} if streaming else {"keep_in_memory": True}))
     documents = read_column(rows, column, what)
     first = next(documents, None)
     if first is None:
         raise PareError(f"{what} is empty.")
 
-    def all_documents():
-        yield first
-        yield from documents
-
-    return all_documents()
+    return itertools.chain([first], documents)
 
 
 def read_column(rows: Iterable[dict], column: str, what: str) -> Iterator[str]:
@@ -602,7 +560,7 @@ def read_column(rows: Iterable[dict], column: str, what: str) -> Iterator[str]:
                 yield text
     except PareError:
         raise
-    except (ValueError, OSError, DatasetsError) as error:
+    except (ValueError, OSError, HTTPError, DatasetsError) as error:
         raise PareError(f"{what} cannot be read: {first_line(error)}") from None
 
 
@@ -643,7 +601,7 @@ def open_splits(dataset: str, config: str | None, constant: str) -> dict:
             f"{what} is not a file here, and the Hub could not be reached ({first_line(error)}).\n"
             "A local .jsonl, .parquet or .txt file works too, and `uv run demo.py` needs no network."
         ) from None
-    except (ValueError, OSError, RuntimeError, DatasetsError) as error:
+    except (ValueError, OSError, RuntimeError, HTTPError, DatasetsError) as error:
         raise PareError(f"{what} with DATASET_CONFIG = {config!r} cannot be opened: {first_line(error)}") from None
 
 
@@ -681,25 +639,49 @@ def pack_rows(
 # Writing: a folder or file appears whole or not at all, and only where Pare wrote before
 
 
-def check_own_folder(path: Path, constant: str) -> None:
-    """Refuse to write over anything but a folder that Pare made (it holds pare.json) or an empty one."""
-    if path.is_dir() and (not any(path.iterdir()) or (path / "pare.json").is_file()):
+def check_own_folder(path: Path, constant: str, script: str) -> None:
+    """Refuse to write over anything but an empty folder or one whose pare.json names the same script."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PareError(f"{constant} = {str(path)!r}: {parent} is not a folder that can be written. Choose another.")
+    if not path.exists() or (path.is_dir() and {file.name for file in path.iterdir()} <= {".pare.json.tmp"}):
         return
-    if path.exists():
-        raise PareError(f"{constant} = {str(path)!r} exists and was not made by Pare. Choose a folder of its own.")
+    try:
+        record = json.loads((path / "pare.json").read_text())
+        owner = record["script"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise PareError(
+            f"{constant} = {str(path)!r} exists and was not made by Pare. Choose a folder of its own."
+        ) from None
+    if owner != script:
+        raise PareError(f"{constant} = {str(path)!r} was made by {owner}, not by {script}. Choose a folder of its own.")
+    foreign = sorted(set(files_in(path)) - set(record["files"])) if "files" in record else []
+    if foreign:
+        raise PareError(
+            f"{constant} = {str(path)!r} holds files that Pare did not write, as {foreign[0]}. Move them away."
+        )
+
+
+def write_record(folder: Path, record: dict) -> None:
+    """Write pare.json, last: it lists the folder's files, so that a user's own are told apart from ours."""
+    write_json(folder / "pare.json", record | {"files": [*files_in(folder), "pare.json"]})
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 @contextmanager
-def new_folder(path: Path, constant: str = "OUTPUT_DIR") -> Iterator[Path]:
+def new_folder(path: Path, script: str, constant: str = "OUTPUT_DIR") -> Iterator[Path]:
     """Yield an empty folder that becomes `path` if the block ends well, and vanishes if it does not.
 
     What `path` held before is replaced only after its successor is complete and synced to disk.
     """
-    path = path.absolute()
+    path = path.resolve()  # a link stays a link
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():  # killed between the two renames below
         old.rename(path)
-    check_own_folder(path, constant)
+    check_own_folder(path, constant, script)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -711,10 +693,12 @@ def new_folder(path: Path, constant: str = "OUTPUT_DIR") -> Iterator[Path]:
         temporary.rename(path)
         sync_file(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
         free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
         raise PareError(
-            f"{constant} = {str(path)!r} could not be written ({error.strerror or error}); {free / 1e9:.1f} GB are "
+            f"{constant} = {str(path)!r} could not be written ({first_line(error)}); {free / 1e9:.1f} GB are "
             "free there. What it held before is untouched."
         ) from error
     finally:
@@ -741,6 +725,8 @@ def replace_file(path: Path, write) -> None:
         write(temporary)
         sync_file(temporary)
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise PareError(f"{path} could not be written ({first_line(error)}); what was there is untouched.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -761,10 +747,12 @@ def load_scores(path: Path) -> dict:
         raise PareError(f"SCORES_PATH = {str(path)!r} does not exist. Run `uv run importance_analysis.py` first.")
     try:
         scores = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError):
-        scores = None
-    if not isinstance(scores, dict) or not set(SCORE_KEYS) <= set(scores):
-        raise PareError(
-            f"SCORES_PATH = {str(path)!r} is not a score file of importance_analysis.py; name another file."
+        tensors = all(isinstance(scores[key], torch.Tensor) for key in ("mlp", "attention", "attn_ln", "ffn_ln"))
+        whole = (
+            tensors and {"model", "config_hash", "weights_hash", "dataset"} <= set(scores["meta"]) and scores["layer"]
         )
+    except Exception:  # whatever the bytes of a foreign file provoke; nothing in it is run
+        whole = False
+    if not whole:
+        raise PareError(f"SCORES_PATH = {str(path)!r} is not a score file of importance_analysis.py; name another.")
     return scores

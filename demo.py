@@ -167,9 +167,10 @@ def main() -> Path:
     started = time.monotonic()
     script = sys.modules[__name__]
     common.check_positive(common.read_constants(script), "NUM_SAMPLES", "TRAIN_TOKENS", "SAMPLE_TOKENS")
-    output = Path(OUTPUT_DIR)
-    common.check_own_folder(output, "OUTPUT_DIR")
-    shutil.rmtree(output, ignore_errors=True)
+    output = common.output_path(OUTPUT_DIR)
+    common.check_own_folder(output, "OUTPUT_DIR", "demo.py")
+    if output.exists():
+        shutil.rmtree(output)
     output.mkdir(parents=True)
     common.write_json(output / "pare.json", common.run_record(script))
     text = write_text(output)

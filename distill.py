@@ -19,6 +19,7 @@ import math
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,7 +113,8 @@ class ForwardKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         grad_hidden, grad_weight = ctx.saved_tensors
-        grad_weight = None if grad_weight is None else grad_weight * grad_output.to(grad_weight.dtype)
+        if grad_weight is not None:
+            grad_weight.mul_(grad_output)  # in place: it is as large as the head
         return grad_hidden * grad_output.to(grad_hidden.dtype), grad_weight, None, None, None, None, None
 
 
@@ -150,8 +152,20 @@ def hidden_states(model, input_ids: torch.Tensor, position_ids: torch.Tensor) ->
     return output.last_hidden_state
 
 
-def autocast(settings):
-    return torch.autocast(settings.device.type, settings.dtype, enabled=settings.dtype != torch.float32)
+def student_states(student, batch: "Batch", settings) -> torch.Tensor:
+    """(N, H) states of the counted tokens in the compute dtype; the weights stay float32."""
+    # Under checkpointing a cache of converted weights would only keep all of them alive.
+    cache = not settings.gradient_checkpointing
+    enabled = settings.dtype != torch.float32
+    with torch.autocast(settings.device.type, settings.dtype, enabled=enabled, cache_enabled=cache):
+        states = hidden_states(student, batch.input_ids, batch.position_ids)
+    return states.flatten(0, 1)[batch.counted].to(settings.dtype)
+
+
+@torch.no_grad()
+def teacher_states(teacher, batch: "Batch") -> torch.Tensor:
+    """(N, H) states of the counted tokens in the teacher's dtype."""
+    return hidden_states(teacher, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.counted]
 
 
 @torch.no_grad()
@@ -162,23 +176,20 @@ def evaluate(student, teacher, rows, settings) -> dict:
     sums = torch.zeros(4, dtype=torch.float64)
     num_tokens = 0
     for start in range(0, len(rows), settings.micro_batch_size):
-        input_ids, position_ids = fetch(rows, range(start, min(start + settings.micro_batch_size, len(rows))), settings)
-        mask = counted(position_ids)
-        labels = input_ids.roll(-1, dims=1)[mask]  # (N,)
-        with autocast(settings):
-            states = hidden_states(student, input_ids, position_ids)[mask]
-        teacher_states = hidden_states(teacher, input_ids, position_ids)[mask]
+        batch = fetch(rows, range(start, min(start + settings.micro_batch_size, len(rows))), settings.device)
+        labels = batch.input_ids.flatten()[batch.counted + 1]  # (N,)
+        states, targets = student_states(student, batch, settings), teacher_states(teacher, batch)
         weight = student.get_output_embeddings().weight.to(states.dtype)
         teacher_weight = teacher.get_output_embeddings().weight
         step = chunk_rows(settings.loss_chunk_bytes, len(weight), torch.float32)
         for first in range(0, len(labels), step):
             chunk = slice(first, first + step)
-            q_log = torch.log_softmax(project(teacher_states[chunk], teacher_weight, torch.float32), dim=-1)
+            q_log = torch.log_softmax(project(targets[chunk], teacher_weight, torch.float32), dim=-1)
             p_log = torch.log_softmax(project(states[chunk], weight, torch.float32), dim=-1)
             agree = (p_log.argmax(-1) == q_log.argmax(-1)).sum()
             losses = [-log.gather(1, labels[chunk, None]).sum() for log in (p_log, q_log)]
             kl = torch.sum(q_log.exp() * q_log.sub_(p_log))
-            sums += torch.stack([kl, *losses, agree]).double().cpu()
+            sums += torch.stack([kl, *losses, agree]).cpu().double()
         num_tokens += len(labels)
     student.train()
     kl, loss, teacher_loss, agreement = (sums / num_tokens).tolist()
@@ -222,7 +233,8 @@ def file_state(dataset: str) -> list:
 
 
 def prepare_data(folder: Path, teacher: common.Checkpoint, settings) -> tuple:
-    """Held-out and training rows as memory-mapped datasets, packed once and reused while nothing changed.
+    """Held-out and training rows as memory-mapped datasets, packed once and reused while nothing changed, and the
+    hashes of their files.
 
     The held-out part is the text of EVAL_DATASET, or the first documents of DATASET, which then are not trained on.
     """
@@ -237,7 +249,9 @@ def prepare_data(folder: Path, teacher: common.Checkpoint, settings) -> tuple:
         "train_rows": settings.num_steps * settings.rows_per_step,
     }
     record = folder / "pare.json"
-    if not record.is_file() or json.loads(record.read_text())["key"] != key:
+    paths = {part: folder / f"{part}.arrow" for part in ("held_out", "train")}
+    there = record.is_file() and all(path.is_file() for path in paths.values())
+    if not there or json.loads(record.read_text())["key"] != key:
         length, vocab_size = settings.sequence_length, teacher.config.vocab_size
 
         def text(name, constant, seed=None):
@@ -252,7 +266,7 @@ def prepare_data(folder: Path, teacher: common.Checkpoint, settings) -> tuple:
             "held_out": (source, max(1, settings.eval_tokens // length), held_out, 1),
             "train": ("DATASET", key["train_rows"], documents, 64),
         }
-        with common.new_folder(folder) as temporary:
+        with common.new_folder(folder, "distill.py") as temporary:
             for part, (constant, num_rows, part_documents, read_ahead) in parts.items():
                 rows = common.pack_rows(part_documents, tokenizer, length, vocab_size, read_ahead)
                 if not pack_to_disk(temporary / f"{part}.arrow", num_rows, f"packing {part} text", rows):
@@ -260,11 +274,9 @@ def prepare_data(folder: Path, teacher: common.Checkpoint, settings) -> tuple:
                         f"{constant} = {getattr(settings, constant.lower())!r} has too little text for one {part} row "
                         f"of SEQUENCE_LENGTH = {length}. Give it more text, or lower SEQUENCE_LENGTH or EVAL_TOKENS."
                     )
-            common.write_json(temporary / "pare.json", {"key": key})
-    rows = [
-        datasets.Dataset.from_file(str(folder / f"{name}.arrow")).with_format("numpy") for name in ("held_out", "train")
-    ]
-    return tuple(rows)
+            common.write_json(temporary / "pare.json", {"script": "distill.py", "key": key})
+    rows = [datasets.Dataset.from_file(str(path)).with_format("numpy") for path in paths.values()]
+    return *rows, {part: sha256_of(path) for part, path in paths.items()}
 
 
 def row_indices(step: int, rows_per_step: int, num_rows: int, seed: int) -> list[int]:
@@ -283,11 +295,19 @@ def epoch_order(epoch: int, num_rows: int, seed: int) -> list[int]:
     return torch.randperm(num_rows, generator=generator).tolist()
 
 
-def fetch(rows, indices, settings) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and position_ids (B, T), int64, on the device."""
-    batch = rows[list(indices)]
-    tensors = (torch.as_tensor(batch[name], dtype=torch.int64) for name in ("input_ids", "position_ids"))
-    return tuple(tensor.to(settings.device, non_blocking=True) for tensor in tensors)
+@dataclass(frozen=True)
+class Batch:
+    input_ids: torch.Tensor  # (B, T) int64
+    position_ids: torch.Tensor  # (B, T) int64
+    counted: torch.Tensor  # (N,) int64: where the counted tokens are among the B·T
+
+
+def fetch(rows, indices, device: torch.device) -> Batch:
+    """Some rows on the device. What counts is found before the transfer, so that nobody waits for the device."""
+    columns = rows[list(indices)]
+    input_ids, position_ids = (torch.as_tensor(columns[name]).long() for name in ("input_ids", "position_ids"))
+    where = counted(position_ids).flatten().nonzero().squeeze(1)
+    return Batch(*(tensor.to(device) for tensor in (input_ids, position_ids, where)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,36 +333,42 @@ def verifies(folder: Path) -> bool:
         return False
 
 
-def save_checkpoint(root: Path, step: int, student, optimizer, record: dict, keep: int) -> None:
-    """Write `root/step-…`: float32 weights, optimizer state, random state and record; then drop the oldest."""
-    parameters = dict(student.named_parameters())
+def save_checkpoint(root: Path, step: int, student, optimizer, record: dict, metrics: Path, keep: int) -> None:
+    """Write `root/step-…`: float32 weights, optimizer state, random state, record and metrics so far.
+
+    Then the oldest go, and any that a run from an older checkpoint has overtaken.
+    """
+    parameters = {name: parameter.detach().contiguous() for name, parameter in student.named_parameters()}
     state = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["rng.cuda"] = torch.cuda.get_rng_state()
-    for name, parameter in parameters.items():
+    if student.device.type == "cuda":
+        state["rng.cuda"] = torch.cuda.get_rng_state(student.device)
+    for name, parameter in student.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             state[f"{name}.{key}"] = value.contiguous()
     target = root / f"step-{step:08d}"
-    if target.exists() and not verifies(target):
-        shutil.rmtree(target)
-    with common.new_folder(target) as folder:
-        save_file(
-            {name: parameter.detach().contiguous() for name, parameter in parameters.items()},
-            folder / "model.safetensors",
-        )
+    if target.exists():
+        shutil.rmtree(target)  # damaged, or this run would have started from it
+    with common.new_folder(target, "distill.py") as folder:
+        save_file(parameters, folder / "model.safetensors")
         save_file(state, folder / "optimizer.safetensors")
+        shutil.copyfile(metrics, folder / "metrics.jsonl")
         common.write_json(folder / "pare.json", record | {"step": step})
         write_manifest(folder)
-    for old in sorted(root.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    checkpoints = sorted(root.glob("step-*"))
+    older = checkpoints.index(target) + 1
+    for folder in checkpoints[: max(0, older - keep)] + checkpoints[older:]:
+        shutil.rmtree(folder)
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint that verifies; a damaged one is named and passed over."""
-    for folder in sorted(root.glob("step-*"), reverse=True):
+    """The newest checkpoint that verifies; a damaged one is named and passed over. None where there is none at all."""
+    folders = sorted(root.glob("step-*"), reverse=True)
+    for folder in folders:
         if verifies(folder):
             return folder
         print(f"{folder} is damaged; trying the one before it")
+    if folders:
+        raise PareError(f"OUTPUT_DIR = {str(root.parent)!r}: no checkpoint verifies. Choose another OUTPUT_DIR.")
     return None
 
 
@@ -354,6 +380,9 @@ def check_same_run(folder: Path, record: dict) -> None:
         for name in sorted(record["constants"].keys() | saved["constants"].keys())
         if name not in MAY_CHANGE_ON_RESUME and record["constants"].get(name) != saved["constants"].get(name)
     ]
+    for key in ("device", "dtype"):
+        if saved[key] != record[key]:
+            differences.append(f"{key} {record[key]} (was {saved[key]})")
     for constant in ("teacher", "student"):
         if saved[constant]["weights_hash"] != record[constant]["weights_hash"]:
             differences.append(f"weights in {constant.upper()} = {record[constant]['name']!r}")
@@ -362,6 +391,8 @@ def check_same_run(folder: Path, record: dict) -> None:
             f"OUTPUT_DIR = {record['constants']['OUTPUT_DIR']!r} holds a run with other {', '.join(differences)}.\n"
             "Put that back to continue it, or choose another OUTPUT_DIR."
         )
+    if saved["versions"] != record["versions"]:
+        print(f"the run was started with other versions ({saved['versions']}); its last bits may differ")
 
 
 def load_checkpoint(folder: Path, student, optimizer) -> int:
@@ -382,8 +413,8 @@ def load_checkpoint(folder: Path, student, optimizer) -> int:
     # The optimizer puts each tensor where it wants it (a fused `step` on the device, any other on the CPU).
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(state["rng.cpu"])
-    if "rng.cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["rng.cuda"])
+    if "rng.cuda" in state:
+        torch.cuda.set_rng_state(state["rng.cuda"], student.device)
     return json.loads((folder / "pare.json").read_text())["step"]
 
 
@@ -410,22 +441,17 @@ def build_optimizer(student, settings) -> torch.optim.Optimizer:
 def train_step(student, teacher, rows, optimizer, step: int, settings) -> tuple[float, float]:
     """One optimizer step; returns loss and gradient norm. One denominator: the counted tokens of the whole step."""
     indices = row_indices(step, settings.rows_per_step, len(rows), settings.seed)
-    micro_batches = [
-        fetch(rows, indices[start : start + settings.micro_batch_size], settings)
+    batches = [
+        fetch(rows, indices[start : start + settings.micro_batch_size], settings.device)
         for start in range(0, len(indices), settings.micro_batch_size)
     ]
-    masks = [counted(position_ids) for _, position_ids in micro_batches]
-    denominator = max(1, int(sum(mask.sum() for mask in masks)))
+    denominator = max(1, sum(len(batch.counted) for batch in batches))
     total = torch.zeros((), device=settings.device)
-    for (input_ids, position_ids), mask in zip(micro_batches, masks, strict=True):
-        with torch.no_grad():
-            teacher_states = hidden_states(teacher, input_ids, position_ids)
-        with autocast(settings):
-            states = hidden_states(student, input_ids, position_ids)
+    for batch in batches:
         loss = forward_kl(
-            states[mask],
+            student_states(student, batch, settings),
             student.get_output_embeddings().weight,
-            teacher_states[mask],
+            teacher_states(teacher, batch),
             teacher.get_output_embeddings().weight,
             denominator=denominator,
             temperature=settings.temperature,
@@ -437,8 +463,8 @@ def train_step(student, teacher, rows, optimizer, step: int, settings) -> tuple[
     loss, gradient_norm = torch.stack([total.float(), gradient_norm.float()]).tolist()  # the step's one synchronisation
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
         raise PareError(
-            f"loss or gradient is not finite at step {step}; the weights were not touched and the last checkpoint is "
-            f"intact.\nLower LEARNING_RATE = {settings.learning_rate} or raise WARMUP_STEPS = {settings.warmup_steps}."
+            f"loss or gradient is not finite at step {step}; it did not reach the weights; checkpoints are intact.\n"
+            f"Start again in another OUTPUT_DIR with less than LEARNING_RATE = {settings.learning_rate}."
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
@@ -466,7 +492,7 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, log, sav
         }
         text = f"KL {loss:.4f}, lr {metrics['learning_rate']:.1e}, {tokens_per_second:,.0f} tokens/s"
         if settings.device.type == "cuda":
-            text += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+            text += f", {torch.cuda.max_memory_allocated(settings.device) / 1e9:.1f} GB"
         if done % settings.eval_every == 0 or last:
             metrics |= evaluate(student, teacher, held_out, settings)
         log(done, metrics)
@@ -476,14 +502,13 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, log, sav
     progress.close()
 
 
-def open_log(path: Path, first_step: int, report_to: str | None, settings, constants: dict):
+def open_log(path: Path, checkpoint: Path | None, report_to: str | None, settings, constants: dict):
     """A function `log(step, metrics)` that appends to metrics.jsonl and to the tracker that REPORT_TO names.
 
-    Lines of steps that a resumed run repeats are dropped first.
+    A resumed run starts from the lines in its checkpoint.
     """
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and first_step and json.loads(line)["step"] <= first_step]
-    common.replace_file(path, lambda temporary: temporary.write_text("".join(kept)))
+    lines = (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b""
+    common.replace_file(path, lambda temporary: temporary.write_bytes(lines))
     tracker = None
     if report_to is not None:
         tracker = importlib.import_module(report_to)
@@ -576,14 +601,14 @@ def model_card(teacher: common.Checkpoint, student: common.Checkpoint, before: d
 
 def export(folder: Path, student, checkpoint: common.Checkpoint, card: str, record: dict) -> None:
     """Write the student in bfloat16 as a plain Hugging Face folder, with the student's tokenizer and config."""
-    with common.new_folder(folder) as temporary:
+    with common.new_folder(folder, "distill.py") as temporary:
         state = {name: tensor.detach().to(torch.bfloat16) for name, tensor in student.state_dict().items()}
         student.save_pretrained(temporary, state_dict=state, max_shard_size="5GB")
         common.copy_companions(checkpoint.folder, temporary)
         raw = {key: value for key, value in checkpoint.raw.items() if key != "torch_dtype"} | {"dtype": "bfloat16"}
         common.write_json(temporary / "config.json", raw)
-        common.write_json(temporary / "pare.json", record)
         (temporary / "README.md").write_text(card)
+        common.write_record(temporary, record)
         exported = common.find_checkpoint(str(temporary), None, "OUTPUT_DIR")
         common.load_model(exported, torch.bfloat16, torch.device("cpu"), "OUTPUT_DIR")
 
@@ -618,7 +643,14 @@ def derive_settings(constants: dict) -> SimpleNamespace:
         "TEMPERATURE",
     )
     common.check_positive(constants, *positive, "LOSS_CHUNK_BYTES", "EVAL_EVERY", "EVAL_TOKENS", "SAVE_EVERY")
+    common.check_not_negative(constants, "MIN_LEARNING_RATE", "WARMUP_STEPS", "WEIGHT_DECAY", "SEED")
     settings = SimpleNamespace(**{name.lower(): value for name, value in constants.items()})
+    if settings.sequence_length < 2:
+        raise PareError("SEQUENCE_LENGTH = 1 leaves no next token to predict; set it to 2 or more.")
+    if settings.min_learning_rate > settings.learning_rate:
+        raise PareError(
+            f"MIN_LEARNING_RATE = {settings.min_learning_rate} is above LEARNING_RATE = {settings.learning_rate}."
+        )
     if settings.keep_checkpoints < 2:
         raise PareError(f"KEEP_CHECKPOINTS = {settings.keep_checkpoints} must be at least 2.")
     common.check_choice("REPORT_TO", settings.report_to, [None, "wandb", "trackio"])
@@ -654,13 +686,14 @@ def main() -> Path:
     script = sys.modules[__name__]
     constants = common.read_constants(script)
     settings = derive_settings(constants)
-    output = Path(OUTPUT_DIR)
-    common.check_own_folder(output, "OUTPUT_DIR")
+    output = common.output_path(OUTPUT_DIR)
+    common.check_own_folder(output, "OUTPUT_DIR", "distill.py")
     teacher_checkpoint = common.find_checkpoint(TEACHER, REVISION, "TEACHER")
     student_checkpoint = common.find_checkpoint(STUDENT, None, "STUDENT")
     for constant, checkpoint in (("TEACHER", teacher_checkpoint), ("STUDENT", student_checkpoint)):
         if output.resolve() == checkpoint.folder.resolve():
             raise PareError(f"OUTPUT_DIR = {OUTPUT_DIR!r} is the folder of {constant} itself; choose another.")
+        common.check_length(checkpoint, SEQUENCE_LENGTH, constant)
     check_same_vocabulary(teacher_checkpoint, student_checkpoint)
     hashes = [
         common.hash_checkpoint(teacher_checkpoint, "TEACHER"),
@@ -671,7 +704,11 @@ def main() -> Path:
         teacher={"name": TEACHER, "revision": teacher_checkpoint.revision, "weights_hash": hashes[0]},
         student={"name": STUDENT, "revision": student_checkpoint.revision, "weights_hash": hashes[1]},
         tokens=settings.num_steps * settings.tokens_per_step,
+        device=settings.device.type,
+        dtype=str(settings.dtype)[6:],
     )
+    for debris in (output / "checkpoints").glob(".step-*.tmp"):  # of a save that was killed
+        shutil.rmtree(debris)
     latest = latest_checkpoint(output / "checkpoints")
     if latest:
         check_same_run(latest, record)
@@ -680,7 +717,12 @@ def main() -> Path:
         common.write_json(output / "pare.json", record)
 
     torch.manual_seed(SEED)
-    held_out, rows = prepare_data(output / "data", teacher_checkpoint, settings)
+    held_out, rows, record["data"] = prepare_data(output / "data", teacher_checkpoint, settings)
+    if latest and json.loads((latest / "pare.json").read_text())["data"] != record["data"]:
+        raise PareError(
+            f"DATASET = {DATASET!r} is not the text that the run in OUTPUT_DIR = {OUTPUT_DIR!r} was started with.\n"
+            "Put that back to continue it, or choose another OUTPUT_DIR."
+        )
     teacher = common.load_model(teacher_checkpoint, settings.dtype, settings.device, "TEACHER")
     student = common.load_model(student_checkpoint, torch.float32, settings.device, "STUDENT")
     if GRADIENT_CHECKPOINTING:
@@ -692,12 +734,19 @@ def main() -> Path:
     print_plan(student, rows, first_step, settings)
 
     metrics_path = output / "metrics.jsonl"
-    log = open_log(metrics_path, first_step, REPORT_TO, settings, constants)
+    log = open_log(metrics_path, latest, REPORT_TO, settings, constants)
 
     def save(step):
-        save_checkpoint(output / "checkpoints", step, student, optimizer, record, KEEP_CHECKPOINTS)
+        save_checkpoint(output / "checkpoints", step, student, optimizer, record, metrics_path, KEEP_CHECKPOINTS)
 
-    train(student, teacher, held_out, rows, optimizer, first_step, log, save, settings)
+    try:
+        train(student, teacher, held_out, rows, optimizer, first_step, log, save, settings)
+    except torch.OutOfMemoryError:
+        half = MICRO_BATCH_SIZE // 2
+        advice = (
+            f"Set MICRO_BATCH_SIZE = {half}" if half else "Lower SEQUENCE_LENGTH or set GRADIENT_CHECKPOINTING = True"
+        )
+        raise PareError(f"MICRO_BATCH_SIZE = {MICRO_BATCH_SIZE} does not fit on {settings.device}. {advice}.") from None
 
     metrics = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     evaluations = [line for line in metrics if "held_out_kl" in line]

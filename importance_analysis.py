@@ -233,27 +233,36 @@ def plot(scores: dict, layer_types: list[str], path: Path) -> None:
 
 
 def check_scores_path(path: Path) -> None:
-    """Refuse a path that cannot be written or that holds something else than a score file."""
-    if path.suffix != ".pt":
-        raise PareError(f"SCORES_PATH = {str(path)!r} must end in .pt.")
-    if path.is_dir():
-        raise PareError(f"SCORES_PATH = {str(path)!r} is a folder; name a file in it.")
+    """Refuse a path that cannot be written, or where a score file or its picture would replace something else."""
+    if path.suffix != ".pt" or path.is_dir():
+        raise PareError(f"SCORES_PATH = {str(path)!r} must name a file that ends in .pt.")
     if path.exists():
         common.load_scores(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    elif path.with_suffix(".png").exists():
+        raise PareError(
+            f"SCORES_PATH = {str(path)!r}: {path.with_suffix('.png')} is in the way of the picture; rename it."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        common.replace_file(path.with_suffix(".tmp"), lambda temporary: temporary.write_text(""))
+        path.with_suffix(".tmp").unlink()
+    except OSError as error:
+        raise PareError(f"SCORES_PATH = {str(path)!r} cannot be written ({common.first_line(error)}).") from None
 
 
 def main() -> Path:
     script = sys.modules[__name__]
     constants = common.read_constants(script)
     common.check_positive(constants, "NUM_SAMPLES", "SEQUENCE_LENGTH", "BATCH_SIZE")
-    scores_path = Path(SCORES_PATH)
+    common.check_not_negative(constants, "SEED")
+    scores_path = common.output_path(SCORES_PATH)
     check_scores_path(scores_path)
     device = common.pick_device(DEVICE)
     dtype = common.pick_dtype(DTYPE, device)
 
     checkpoint = common.find_checkpoint(MODEL, REVISION, "MODEL")
     config = checkpoint.config
+    common.check_length(checkpoint, SEQUENCE_LENGTH, "MODEL")
     tokenizer = common.load_tokenizer(checkpoint, "MODEL")
     documents = common.open_text(DATASET, DATASET_CONFIG, DATASET_SPLIT, TEXT_COLUMN, shuffle_seed=SEED)
     what = f"DATASET = {DATASET!r}"
@@ -261,7 +270,11 @@ def main() -> Path:
 
     model = common.load_model(checkpoint, dtype, device, "MODEL").base_model
     print(f"scoring {MODEL}: {NUM_SAMPLES} x {SEQUENCE_LENGTH} tokens on {device} in {str(dtype)[6:]}")
-    sums = measure(model, checkpoint.family, rows, BATCH_SIZE)
+    try:
+        sums = measure(model, checkpoint.family, rows, BATCH_SIZE)
+    except torch.OutOfMemoryError:
+        advice = f"Set BATCH_SIZE = {BATCH_SIZE // 2}." if BATCH_SIZE > 1 else "Lower SEQUENCE_LENGTH."
+        raise PareError(f"BATCH_SIZE = {BATCH_SIZE} does not fit on {device}. {advice}") from None
     scores = sums.scores(checkpoint.head_dim)
     if not all(math.isfinite(value) for value in scores["layer"].values()):
         raise PareError(f"MODEL = {MODEL!r} gives activations that are not finite in {dtype}; try DTYPE = 'float32'.")

@@ -56,6 +56,11 @@ class Sizes:
     num_hidden_layers: int
 
 
+def sizes_text(sizes: Sizes) -> str:
+    """The sizes as constants, to paste or to name in a message."""
+    return ", ".join(f"{name.upper()} = {value}" for name, value in vars(sizes).items())
+
+
 def sizes_of(config) -> Sizes:
     return Sizes(**{name: getattr(config, name) for name in Sizes.__dataclass_fields__})
 
@@ -224,15 +229,18 @@ class Planned:
 
 def axes_of(family: common.Family, tensor: str) -> tuple[tuple, int | None]:
     """The axes of a tensor of a checkpoint and its layer's number (None outside the layers)."""
-    parts = tensor.split(".")
-    layer = int(parts[2]) if tensor.startswith("model.layers.") and parts[2].isdigit() else None
-    pattern = tensor if layer is None else ".".join(["model.layers.*", *parts[3:]])
-    if pattern not in family.tensors:
+    module, _, kind = tensor.rpartition(".")
+    parts = module.split(".")
+    layer = int(parts[2]) if module.startswith("model.layers.") and parts[2].isdigit() else None
+    axes = common.OUTSIDE_LAYERS.get(module) if layer is None else family.modules.get(".".join(parts[3:]))
+    if kind == "bias" and axes and len(axes) == 2 and layer is not None:
+        return axes[:1], layer
+    if kind != "weight" or axes is None:
         raise PareError(
             f"the checkpoint holds a tensor that the table of model families does not know: {tensor}.\n"
-            f"Add {pattern} with its axes to FAMILIES in common.py; nothing is cut by guess."
+            "Add its module with its axes to FAMILIES in common.py; nothing is cut by guess."
         )
-    return family.tensors[pattern], layer
+    return axes, layer
 
 
 def kept_channels(keep: Keep, axis: str | None, layer: int | None, head_dim: int) -> torch.Tensor | None:
@@ -287,7 +295,7 @@ def portable_config(raw: dict, config) -> dict:
     transformers before 5 and several runtimes read only `rope_theta` and `rope_scaling`.
     """
     rope = config.rope_parameters
-    main = rope.get("full_attention", rope) if config.model_type == "olmo3" else rope
+    main = rope["full_attention"] if common.FAMILIES[config.model_type].rope_per_layer_type else rope
     scaling = {key: value for key, value in main.items() if key != "rope_theta"}
     return raw | {
         "rope_parameters": rope,
@@ -370,23 +378,45 @@ def write_weights(folder: Path, planned: list[Planned], source: Path) -> None:
 
 
 def try_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Load the folder strictly and run one forward pass. An error here is a bug of ours."""
+    """Load the folder strictly and run one forward pass."""
     checkpoint = common.find_checkpoint(str(folder), None, "OUTPUT_DIR")
     model = common.load_model(checkpoint, dtype, device, "OUTPUT_DIR")
     with torch.inference_mode():
         ids = torch.arange(16, device=device)[None] % checkpoint.config.vocab_size
         logits = model(input_ids=ids, use_cache=False).logits
-    assert logits.isfinite().all(), "the pruned model's logits are not finite"
+    if not logits.isfinite().all():
+        raise PareError(f"the pruned model gives logits that are not finite in {dtype}; try DTYPE = 'float32'.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def portability_notes(raw: dict) -> list[str]:
+    """What other runtimes get wrong about this shape (transformers loads every shape)."""
+    notes = []
+    if raw["hidden_size"] != raw["num_attention_heads"] * raw["head_dim"]:
+        heads = raw["hidden_size"] / raw["head_dim"]
+        notes.append(
+            f"llama.cpp and vLLM's own Olmo code want HIDDEN_SIZE = heads x {raw['head_dim']}; NUM_ATTENTION_HEADS = "
+            f"{heads:.0f} would fit. vLLM with --model-impl transformers takes any."
+            if heads.is_integer()
+            else f"llama.cpp and vLLM's own Olmo code want HIDDEN_SIZE = heads x {raw['head_dim']}."
+        )
+    types = raw.get("layer_types") or []
+    if any(
+        layer_type != ("full_attention" if i % 4 == 3 else "sliding_attention") for i, layer_type in enumerate(types)
+    ):
+        notes.append("llama.cpp assumes that every fourth layer is full attention and would run this one wrongly.")
+    return notes
 
 
 def parameters_text(count: int) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
 
 
-def print_sizes(before: dict[str, tuple], after: dict[str, tuple], sizes: list[Sizes], folders: list[Path]) -> None:
+def print_sizes(
+    before: dict[str, tuple], after: dict[str, tuple], sizes: list[Sizes], weight_files: list[set[Path]]
+) -> None:
     """The before/after table: parameters, every size, bytes on disk."""
     rows = [["", "teacher", "student", "kept"]]
     counts = zip(common.count_parameters(before), common.count_parameters(after), strict=True)
@@ -395,7 +425,7 @@ def print_sizes(before: dict[str, tuple], after: dict[str, tuple], sizes: list[S
     for name, old in vars(sizes[0]).items():
         new = vars(sizes[1])[name]
         rows.append([name, old, new, f"{new / old:.0%}"])
-    old, new = (sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in folders)
+    old, new = (sum(file.stat().st_size for file in files) for files in weight_files)
     rows.append(["GB on disk", f"{old / 1e9:.3f}", f"{new / 1e9:.3f}", f"{new / old:.0%}"])
     common.print_table(rows)
 
@@ -403,20 +433,24 @@ def print_sizes(before: dict[str, tuple], after: dict[str, tuple], sizes: list[S
 def main() -> Path:
     script = sys.modules[__name__]
     targets = common.read_constants(script)
-    output, scores_path = Path(OUTPUT_DIR), Path(SCORES_PATH)
-    common.check_own_folder(output, "OUTPUT_DIR")
+    output, scores_path = common.output_path(OUTPUT_DIR), common.output_path(SCORES_PATH)
+    common.check_own_folder(output, "OUTPUT_DIR", "prune.py")
     scores = common.load_scores(scores_path)
     device = common.pick_device(DEVICE)
     dtype = common.pick_dtype(DTYPE, device)
 
     checkpoint = common.find_checkpoint(MODEL, REVISION, "MODEL")
-    if output.resolve() == checkpoint.folder.resolve():
-        raise PareError(f"OUTPUT_DIR = {OUTPUT_DIR!r} is the folder of MODEL itself; choose another.")
+    for constant, path in (("MODEL", checkpoint.folder), ("SCORES_PATH", scores_path)):
+        if path.resolve().is_relative_to(output.resolve()):
+            raise PareError(f"OUTPUT_DIR = {OUTPUT_DIR!r} is, or holds, {constant} itself; choose another.")
     config = checkpoint.config
     teacher = sizes_of(config)
     student = target_sizes(teacher, targets, LAYERS_TO_DROP)
     infos = common.tensor_infos(checkpoint, "MODEL")
-    check_shapes(config, {name: info.shape for name, info in infos.items()}, f"MODEL = {MODEL!r}")
+    before = {name: info.shape for name, info in infos.items()}
+    for name in before:
+        axes_of(checkpoint.family, name)
+    check_shapes(config, before, f"MODEL = {MODEL!r}")
     check_scores(scores, checkpoint, scores_path)
 
     layer_types = common.layer_types_of(config)
@@ -425,20 +459,22 @@ def main() -> Path:
     keep = choose(scores, teacher, student, layers)
     planned = plan_tensors(infos, keep, checkpoint)
     raw = student_config(checkpoint, student, keep)
-    before = {name: info.shape for name, info in infos.items()}
     after = {tensor.name: tensor.shape for tensor in planned}
-    check_shapes(common.parse_config(type(config), raw, "these sizes"), after, "the student")
+    check_shapes(common.parse_config(type(config), raw, sizes_text(student)), after, "the student")
     old, new = (parameters_text(common.count_parameters(shapes)[0]) for shapes in (before, after))
     print(f"pruning {MODEL} from {old} to {new} parameters into {output}/", flush=True)
 
-    with common.new_folder(output) as folder:
+    with common.new_folder(output, "prune.py") as folder:
         write_weights(folder, planned, checkpoint.folder)
         common.copy_companions(checkpoint.folder, folder)
         common.write_json(folder / "config.json", raw)
         record = common.run_record(script, teacher=teacher_record(checkpoint, scores), kept=kept_record(keep))
-        common.write_json(folder / "pare.json", record)
+        common.write_record(folder, record)
         try_checkpoint(folder, device, dtype)
-    print_sizes(before, after, [teacher, student], [checkpoint.folder, output])
+    files = [{checkpoint.folder / info.file for info in infos.values()}, set(output.glob("*.safetensors"))]
+    print_sizes(before, after, [teacher, student], files)
+    for note in portability_notes(raw):
+        print(f"  note: {note}")
     print(f"\nWrote {output}/: it loads strictly and runs. Next: uv run distill.py TEACHER={MODEL} STUDENT={output}")
     return output
 

@@ -187,13 +187,13 @@ def damaged(checkpoints, tmp_path):
     return folder, {name: tensor.clone() for name, tensor in weights.items()}
 
 
-def test_a_tensor_that_the_table_does_not_know(damaged, refused):
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.mystery.weight", "lm_head.bias", "model.layers.0.mlp.up_proj.scale"]
+)
+def test_a_tensor_that_the_table_does_not_know(name, damaged, refused):
     folder, weights = damaged
-    save_file(weights | {"model.layers.1.mlp.mystery.weight": torch.ones(3)}, folder / "model.safetensors")
-    contains(refused(prune, MODEL=str(folder)), "model.layers.1.mlp.mystery.weight")
-    checkpoint = common.find_checkpoint(str(folder), None, "MODEL")
-    with pytest.raises(PareError, match=r"model\.layers\.\*\.mlp\.mystery\.weight .* FAMILIES"):
-        prune.axes_of(checkpoint.family, "model.layers.1.mlp.mystery.weight")
+    save_file(weights | {name: torch.ones(3)}, folder / "model.safetensors")
+    contains(refused(prune, MODEL=str(folder)), name, "FAMILIES in common.py")
 
 
 def test_damaged_checkpoints(damaged, refused):
@@ -223,7 +223,32 @@ def test_damaged_checkpoints(damaged, refused):
     save_file({key: tensor for key, tensor in weights.items() if key != name}, path)
     for message in messages():
         contains(message, "missing keys", name)
-    contains(refused(prune, MODEL=str(folder)), "disagree", name)
+    contains(refused(prune, MODEL=str(folder), OUTPUT_DIR=str(folder.parent / "new")), "disagree", name)
+
+
+def test_a_damaged_index_or_config(damaged, refused):
+    folder, _ = damaged
+    for content in ('{"weight_', "{}", "[]"):
+        (folder / "model.safetensors.index.json").write_text(content)
+        contains(refused(prune, MODEL=str(folder)), "index.json is damaged", "Download")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    contains(refused(importance_analysis, MODEL=str(folder)), "MODEL", "is quantized")
+    for content in ("[]", "{"):
+        (folder / "config.json").write_text(content)
+        contains(refused(importance_analysis, MODEL=str(folder)), "MODEL", "config.json is damaged")
+
+
+def test_a_damaged_tokenizer(damaged, refused):
+    folder, _ = damaged
+    (folder / "tokenizer.json").write_text('{"version": "9"}')
+    contains(refused(importance_analysis, MODEL=str(folder)), "MODEL", "no tokenizer that loads")
+
+
+@pytest.mark.parametrize("script", [importance_analysis, distill])
+def test_rows_longer_than_the_model_reads(script, refused):
+    step = {"TOKENS_PER_STEP": 1000, "TRAIN_TOKENS": 1000} if script is distill else {}
+    contains(refused(script, SEQUENCE_LENGTH=500, **step), "SEQUENCE_LENGTH = 500", "128 at most")
 
 
 def test_an_index_that_points_outside_its_folder(damaged, refused):
@@ -343,6 +368,10 @@ def test_every_kind_of_local_dataset_is_read(kind, text, tmp_path):
     shuffled = [list(common.open_text(str(path), None, split, "text", shuffle_seed=3)) for _ in range(2)]
     assert shuffled[0] == shuffled[1]
     assert sorted(shuffled[0]) == sorted(expected)
+    orders = {tuple(common.open_text(str(path), None, split, "text", shuffle_seed=seed)) for seed in range(8)}
+    assert len(orders) > 1 or len(expected) == 1
+    if kind.startswith("saved"):
+        assert not list(path.rglob("cache-*"))  # nothing is written into the user's folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,7 +418,7 @@ def test_heads_that_do_not_fit_the_key_value_heads(heads, key_value_heads, parts
 def test_sizes_that_transformers_refuses(checkpoints, text, tmp_path, refused):
     scores = analyse(checkpoints["llama"], text, tmp_path / "llama.pt")
     message = refused(prune, MODEL=str(checkpoints["llama"]), SCORES_PATH=str(scores), HIDDEN_SIZE=32)
-    contains(message, "hidden size (32)", "attention heads (6)")
+    contains(message, "HIDDEN_SIZE = 32", "NUM_ATTENTION_HEADS = 6", "not a multiple of the number of attention heads")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,14 +428,21 @@ def test_sizes_that_transformers_refuses(checkpoints, text, tmp_path, refused):
 def test_scores_that_are_missing_or_not_scores(refused, tmp_path):
     message = refused(prune, SCORES_PATH=str(tmp_path / "none.pt"))
     contains(message, "SCORES_PATH", "does not exist", "importance_analysis.py")
-    for name, content in (("text.pt", b"hello"), ("empty.pt", b""), ("zip.pt", b"PK\x03\x04broken")):
+    for name, content in (("text.pt", b"hello"), ("dot.pt", b"."), ("empty.pt", b""), ("zip.pt", b"PK\x03\x04broken")):
         (tmp_path / name).write_bytes(content)
         contains(refused(prune, SCORES_PATH=str(tmp_path / name)), "SCORES_PATH", "not a score file")
         message = refused(importance_analysis, SCORES_PATH=str(tmp_path / name))
         contains(message, "SCORES_PATH", "not a score file")
+    complete = torch.load(tmp_path / "scores.pt", weights_only=True)
+    for broken in ({"mlp": torch.ones(2)}, complete | {"meta": {}}, complete | {"mlp": [1.0]}):
+        torch.save(broken, tmp_path / "broken.pt")
+        contains(refused(prune, SCORES_PATH=str(tmp_path / "broken.pt")), "SCORES_PATH", "not a score file")
     torch.save({"mlp": torch.ones(2)}, tmp_path / "other.pt")
     contains(refused(prune, SCORES_PATH=str(tmp_path / "other.pt")), "SCORES_PATH", "not a score file")
     contains(refused(importance_analysis, SCORES_PATH=str(tmp_path / "scores.txt")), "SCORES_PATH", ".pt")
+    contains(refused(importance_analysis, SCORES_PATH=str(tmp_path / "scores.pt" / "a.pt")), "SCORES_PATH", "written")
+    (tmp_path / "photo.png").write_bytes(b"precious")
+    contains(refused(importance_analysis, SCORES_PATH=str(tmp_path / "photo.pt")), "photo.png is in the way")
 
 
 class Evil:
@@ -445,19 +481,41 @@ def test_an_output_folder_that_is_not_pares(script, refused, tmp_path):
     contains(refused(script, OUTPUT_DIR=str(tmp_path / "precious")), "OUTPUT_DIR", "not made by Pare")
     (tmp_path / "file").write_text("also precious")
     contains(refused(script, OUTPUT_DIR=str(tmp_path / "file")), "OUTPUT_DIR", "not made by Pare")
+    contains(refused(script, OUTPUT_DIR=str(tmp_path / "file" / "out")), "OUTPUT_DIR", "can be written")
+
+
+def test_an_output_folder_of_another_script_or_with_a_users_files(refused, checkpoints, tmp_path):
+    configure(prune, MODEL=str(checkpoints["olmo3"]), SCORES_PATH=str(tmp_path / "scores.pt"), DEVICE="cpu", **KEEP_ALL)
+    prune.OUTPUT_DIR = str(tmp_path / "pruned")
+    prune.main()
+    contains(refused(distill, OUTPUT_DIR=str(tmp_path / "pruned")), "OUTPUT_DIR", "made by prune.py, not by distill.py")
+    (tmp_path / "pruned" / "model.gguf").write_bytes(b"hours of conversion")
+    contains(refused(prune, OUTPUT_DIR=str(tmp_path / "pruned")), "OUTPUT_DIR", "did not write", "model.gguf")
+
+
+def test_a_folder_that_holds_the_model_or_the_scores(refused, checkpoints, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(checkpoints["olmo3"], run / "teacher")
+    shutil.copy(tmp_path / "scores.pt", run / "scores.pt")
+    (run / "pare.json").write_text('{"script": "prune.py"}')
+    contains(refused(prune, MODEL=str(run / "teacher"), OUTPUT_DIR=str(run)), "OUTPUT_DIR", "MODEL itself")
+    contains(
+        refused(prune, SCORES_PATH=str(run / "scores.pt"), OUTPUT_DIR=str(run)), "OUTPUT_DIR", "SCORES_PATH itself"
+    )
 
 
 def test_output_onto_the_model_itself(refused, checkpoints, text, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(checkpoints["olmo3"], folder)
-    (folder / "pare.json").write_text("{}")  # e.g. a model that Pare pruned before
+    (folder / "pare.json").write_text('{"script": "prune.py"}')  # e.g. a model that Pare pruned before
     contains(refused(prune, MODEL=str(folder), OUTPUT_DIR=str(folder)), "OUTPUT_DIR", "MODEL itself")
+    (folder / "pare.json").write_text('{"script": "distill.py"}')
     contains(refused(distill, STUDENT=str(folder), OUTPUT_DIR=str(folder)), "OUTPUT_DIR", "STUDENT itself")
 
 
 @pytest.mark.parametrize("script", [importance_analysis, prune, distill])
 def test_a_device_that_is_not_there(script, refused):
-    for device in ("cuda:7", "tpu", "cpu:1"):
+    for device in ("cuda:7", "tpu", "cpu:1", "cpu:"):
         contains(refused(script, DEVICE=device), f"DEVICE = '{device}' is not there", "'cpu'")
     contains(refused(script, DTYPE="float17"), "DTYPE = 'float17'", "'bfloat16'")
 
@@ -470,6 +528,10 @@ def test_a_device_that_is_not_there(script, refused):
         ({"MICRO_BATCH_SIZE": 0}, ["MICRO_BATCH_SIZE = 0", "greater than 0"]),
         ({"LEARNING_RATE": -1e-4}, ["LEARNING_RATE = -0.0001", "greater than 0"]),
         ({"KEEP_CHECKPOINTS": 1}, ["KEEP_CHECKPOINTS = 1", "at least 2"]),
+        ({"SEQUENCE_LENGTH": 1}, ["SEQUENCE_LENGTH = 1", "2 or more"]),
+        ({"WEIGHT_DECAY": -1.0}, ["WEIGHT_DECAY = -1.0", "0 or more"]),
+        ({"SEED": -1}, ["SEED = -1", "0 or more"]),
+        ({"MIN_LEARNING_RATE": 1.0}, ["MIN_LEARNING_RATE = 1.0", "LEARNING_RATE = 0.0001"]),
         ({"REPORT_TO": "email"}, ["REPORT_TO = 'email'", "'wandb'", "'trackio'"]),
         ({"REPORT_TO": "wandb"}, ["REPORT_TO = 'wandb'", "uv add wandb"]),
     ],

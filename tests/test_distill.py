@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, DOCUMENTS, ROOT, build_tokenizer, configure, load, random_model, save_checkpoint
+from conftest import CONFIGS, DOCUMENTS, ROOT, build_tokenizer, configure, load, random_model, save_checkpoint, some_ids
 from safetensors.torch import load_file
 
 import common
@@ -120,38 +121,66 @@ def test_no_counted_token_gives_zero():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_model_gradients_equal_naive_ones_in_any_split(tied, tmp_path):
-    """Every parameter's gradient of a step, from full float64 logits in one batch, and from micro-batches of any size:
-    one denominator for the step. Covers the tied head."""
-    config = CONFIGS["olmo3"](vocab_size=300, tie_word_embeddings=tied)
-    teacher, student = random_model(CONFIGS["olmo3"](vocab_size=300), seed=1), random_model(config, seed=2)
-    rows = list(itertools.islice(common.pack_rows(DOCUMENTS, build_tokenizer(), 32, 300), 6))
+def test_a_training_step_equals_full_float64_logits_in_any_split(tied, pair, text, tmp_path):
+    """distill.train_step itself: loss, gradient norm and every gradient, for micro-batches of 1, 2 and 4 rows with
+    different numbers of counted tokens: one denominator for the step. Covers the tied head and the temperature."""
+    shape = {"vocab_size": 300, "tie_word_embeddings": tied}
+    teacher, student = (
+        random_model(CONFIGS["olmo3"](vocab_size=300), seed=1),
+        random_model(CONFIGS["olmo3"](**shape), 2),
+    )
+    rows = list(itertools.islice(common.pack_rows(DOCUMENTS, build_tokenizer(), 32, 300), 4))
     input_ids, position_ids = (torch.tensor([row[i] for row in rows]) for i in (0, 1))
     mask = distill.counted(position_ids)
+    assert len({int(row.sum()) for row in mask}) > 1
     options = {"position_ids": position_ids, "use_cache": False}
-    logits = student(input_ids, **options).logits[mask].double()
-    teacher_logits = teacher(input_ids, **options).logits[mask].double().detach()
+    logits = student(input_ids, **options).logits[mask].double() / 2
+    teacher_logits = teacher(input_ids, **options).logits[mask].double().detach() / 2
     q_log, p_log = teacher_logits.log_softmax(-1), logits.log_softmax(-1)
-    ((q_log.exp() * (q_log - p_log)).sum() / mask.sum()).backward()
-    expected = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    expected = 4 * (q_log.exp() * (q_log - p_log)).sum() / mask.sum()
+    expected.backward()
+    gradients = {name: parameter.grad.double().clone() for name, parameter in student.named_parameters()}
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
 
-    for micro_batch_size in (1, 2, 6):
-        student.zero_grad()
-        for start in range(0, 6, micro_batch_size):
-            part = slice(start, start + micro_batch_size)
-            states = distill.hidden_states(student, input_ids[part], position_ids[part])[mask[part]]
-            with torch.no_grad():
-                teacher_states = distill.hidden_states(teacher, input_ids[part], position_ids[part])[mask[part]]
-            distill.forward_kl(
-                states,
-                student.lm_head.weight,
-                teacher_states,
-                teacher.lm_head.weight,
-                denominator=int(mask.sum()),
-                chunk_bytes=10_000,
-            ).backward()
-        for name, parameter in student.named_parameters():
-            assert relative_error(parameter.grad, expected[name].double()) < 1e-4, name
+    seen = {}
+
+    class Optimizer:  # looks at the gradients instead of stepping
+        param_groups = ()
+
+        def step(self):
+            seen.update({name: parameter.grad.clone() for name, parameter in student.named_parameters()})
+
+        def zero_grad(self, set_to_none):
+            student.zero_grad()
+
+    class Rows(list):
+        def __getitem__(self, indices):
+            return {"input_ids": input_ids[indices], "position_ids": position_ids[indices]}
+
+    constants = run_constants(pair, text, tmp_path, TOKENS_PER_STEP=128, TEMPERATURE=2.0, LOSS_CHUNK_BYTES=10_000)
+    defaults = {name: getattr(distill, name) for name in common.constants_of(distill)}
+    student.zero_grad()
+    for micro_batch_size in (1, 2, 4):
+        settings = distill.derive_settings(defaults | constants | {"MICRO_BATCH_SIZE": micro_batch_size})
+        loss, gradient_norm = distill.train_step(student, teacher, Rows([0] * 4), Optimizer(), 0, settings)
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        assert gradient_norm == pytest.approx(norm, rel=1e-4)
+        clip = min(1.0, 1.0 / (gradient_norm + 1e-6))
+        for name, gradient in seen.items():
+            assert relative_error(gradient, gradients[name] * clip) < 1e-4, name
+
+
+def test_norms_and_biases_are_not_decayed_and_the_rate_is_a_warmed_cosine(pair, text, tmp_path):
+    defaults = {name: getattr(distill, name) for name in common.constants_of(distill)}
+    settings = distill.derive_settings(defaults | run_constants(pair, text, tmp_path))
+    groups = distill.build_optimizer(random_model(CONFIGS["llama"](vocab_size=300)), settings).param_groups
+    assert {p.ndim for p in groups[0]["params"]} == {2}
+    assert {p.ndim for p in groups[1]["params"]} == {1}
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    rates = [distill.learning_rate(step, settings) for step in range(12)]
+    assert rates[:3] == pytest.approx([1.5e-3, 3e-3, 3e-3])
+    assert rates[2 + 3] == pytest.approx(1e-4 + 2.9e-3 * (1 + math.cos(math.pi * 3 / 9)) / 2)
+    assert rates[-1] == pytest.approx(1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,7 +213,9 @@ def test_packed_documents_do_not_see_each_other(family, training):
         enable({"use_reentrant": False})
     first, second = (torch.randint(2, 300, (1, n), generator=torch.Generator().manual_seed(n)) for n in (19, 26))
     positions = torch.cat([torch.arange(19), torch.arange(26)])[None]
-    together = distill.hidden_states(model, torch.cat([first, second], dim=1), positions)
+    other = torch.randint(2, 300, (1, 45), generator=torch.Generator().manual_seed(0))  # another row of the batch
+    rows = torch.cat([torch.cat([first, second], dim=1), other])
+    together = distill.hidden_states(model, rows, torch.cat([positions, torch.arange(45)[None]]))[:1]
     apart = [distill.hidden_states(model, ids, torch.arange(ids.shape[1])[None]) for ids in (first, second)]
     logits = [model.lm_head(states) for states in (together, torch.cat(apart, dim=1))]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=2e-5)
@@ -396,6 +427,82 @@ def test_a_run_with_other_constants_is_not_continued(finished, pair, text, tmp_p
     with pytest.raises(PareError, match="TEACHER"):
         distilled((other, pair[1]), text, output)
     assert final_bytes(output) == final_bytes(finished[0])
+
+
+def test_a_run_whose_text_changed_is_not_continued(finished, pair, tmp_path, text):
+    changed = tmp_path / "changed.jsonl"
+    changed.write_bytes(Path(text).read_bytes())
+    output = tmp_path / "run"
+    distilled(pair, str(changed), output, TRAIN_TOKENS=4 * 128)
+    changed.write_text(changed.read_text().replace("cats", "cows"))
+    with pytest.raises(PareError, match="DATASET"):
+        distilled(pair, str(changed), output, TRAIN_TOKENS=4 * 128)
+
+
+def test_no_intact_checkpoint_is_an_error_and_not_a_new_start(finished, pair, text, tmp_path):
+    output = copy_of(finished, tmp_path)
+    for path in output.glob("checkpoints/*/model.safetensors"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(PareError, match=r"OUTPUT_DIR.*no checkpoint verifies"):
+        distilled(pair, text, output)
+    assert lines_of(output) == lines_of(finished[0])
+
+
+def test_a_resumed_run_overtakes_a_damaged_newer_checkpoint(pair, text, tmp_path):
+    """The step just saved is never the one that retention removes."""
+    root, student = tmp_path / "checkpoints", random_model(CONFIGS["llama"](vocab_size=300))
+    optimizer, metrics = torch.optim.AdamW(student.parameters()), tmp_path / "metrics.jsonl"
+    metrics.write_text("")
+    for step in (200, 300, 100):
+        distill.save_checkpoint(root, step, student, optimizer, {"script": "distill.py"}, metrics, keep=2)
+    assert [path.name for path in sorted(root.iterdir())] == ["step-00000100"]
+    assert distill.verifies(root / "step-00000100")
+
+
+def test_bfloat16_compute_learns_and_the_masters_stay_float32(pair, text, tmp_path):
+    distilled(pair, text, tmp_path / "out", DTYPE="bfloat16")
+    evaluated = [line for line in lines_of(tmp_path / "out") if "held_out_kl" in line]
+    assert evaluated[-1]["held_out_kl"] < 0.8 * evaluated[0]["held_out_kl"]
+    weights = load_file(tmp_path / "out" / "checkpoints" / "step-00000012" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_states_reach_the_lm_head_in_the_compute_dtype(checkpointing, pair, text, tmp_path):
+    defaults = {name: getattr(distill, name) for name in common.constants_of(distill)}
+    more = {"DTYPE": "bfloat16", "GRADIENT_CHECKPOINTING": checkpointing}
+    settings = distill.derive_settings(defaults | run_constants(pair, text, tmp_path, **more))
+    student = random_model(CONFIGS["olmo3"](vocab_size=300))
+    batch = distill.Batch(some_ids(300, (2, 8)), torch.arange(8).expand(2, 8), torch.tensor([0, 1, 9]))
+    states = distill.student_states(student, batch, settings)
+    assert states.dtype == torch.bfloat16
+    assert states.shape == (3, 48)
+
+
+def test_a_full_disk_during_a_checkpoint_leaves_the_older_one(pair, text, tmp_path):
+    """A limit on file sizes stands in for the full disk; it strikes in the second run's first save."""
+    program = (
+        "import resource, signal, sys; sys.path[:0] = [sys.argv[1]]\n"
+        "import common, distill\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "common.override_constants(distill, sys.argv[2:])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: distill.main()\n"
+        "except common.PareError as error: print('PareError:', error)\n"
+    )
+    first = run_constants(pair, text, tmp_path / "out")
+    killed = start(pair, text, tmp_path / "out")
+    while not (tmp_path / "out" / "checkpoints" / "step-00000003").exists():
+        assert killed.poll() is None, killed.stdout.read()
+        time.sleep(0.002)
+    killed.kill()
+    killed.wait()
+    arguments = [f"{name}={value}" for name, value in first.items()]
+    command = [sys.executable, "-c", program, str(ROOT), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "PareError: OUTPUT_DIR" in result.stdout, result.stdout + result.stderr
+    assert "GB are free" in result.stdout
+    assert distill.latest_checkpoint(tmp_path / "out" / "checkpoints") is not None
 
 
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(pair, text, tmp_path, monkeypatch):

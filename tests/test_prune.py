@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +168,28 @@ def test_the_highest_scores_stay(checkpoints, scores, tmp_path):
         assert record["key_value_heads"][place] == record["query_heads"][place]
 
 
+def test_heads_of_a_group_and_whole_groups_are_chosen_by_score():
+    teacher = prune.Sizes(48, 64, 6, 2, 4)
+    scores = torch.tensor(
+        [4.0, 1.0, 1.0, 3.0, 3.0, 2.5]
+    )  # squares per group: 18 and 24.25; the best head is in the first
+    query, key_value = prune.choose_heads(scores, teacher, prune.Sizes(48, 64, 3, 1, 4))
+    assert (query.tolist(), key_value.tolist()) == ([3, 4, 5], [1])
+    query, key_value = prune.choose_heads(scores, teacher, prune.Sizes(48, 64, 4, 2, 4))
+    assert (query.tolist(), key_value.tolist()) == ([0, 1, 3, 4], [0, 1])
+    query, _ = prune.choose_heads(torch.tensor([1.0, 5.0, 2.0, 9.0, 8.0, 9.5]), teacher, prune.Sizes(48, 64, 4, 2, 4))
+    assert query.tolist() == [1, 2, 3, 5]
+
+
+def test_shapes_that_other_runtimes_refuse_are_named(checkpoints, scores, tmp_path, capsys):
+    cut(checkpoints["olmo3"], scores["olmo3"], tmp_path / "a", HIDDEN_SIZE=32)
+    assert "NUM_ATTENTION_HEADS = 4 would fit" in capsys.readouterr().out
+    cut(checkpoints["olmo3"], scores["olmo3"], tmp_path / "b", LAYERS_TO_DROP=[1])
+    assert "every fourth layer" in capsys.readouterr().out
+    cut(checkpoints["olmo3"], scores["olmo3"], tmp_path / "c", HIDDEN_SIZE=32, NUM_ATTENTION_HEADS=4)
+    assert "note:" not in capsys.readouterr().out
+
+
 def test_full_attention_layers_are_protected(checkpoints, scores, tmp_path):
     folder = cut(checkpoints["olmo3"], scores["olmo3"], tmp_path / "out", NUM_HIDDEN_LAYERS=2)
     assert kept(folder)["layers"] == [3, 7]
@@ -184,7 +207,7 @@ def test_companions_are_copied_byte_for_byte(checkpoints, scores, tmp_path):
 
 
 def test_the_teacher_is_never_built(checkpoints, scores, tmp_path, monkeypatch):
-    """Only the result is loaded, and the largest tensor in memory is one of the teacher's."""
+    """Only the result is loaded."""
     loaded = []
     original = transformers.AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(
@@ -213,18 +236,20 @@ def test_weights_keep_their_dtype_and_values(dtype, checkpoints, text, tmp_path)
 
 def test_sharded_in_and_out_equals_one_file(checkpoints, scores, tmp_path, monkeypatch):
     source = tmp_path / "model"
-    model = load(checkpoints["olmo3"])
-    model.save_pretrained(source, max_shard_size="100KB")
-    for path in checkpoints["olmo3"].glob("tokenizer*"):
-        shutil.copy(path, source)
-    assert len(list(source.glob("*.safetensors"))) > 2
-    shutil.copy(checkpoints["olmo3"] / "config.json", source)
+    shutil.copytree(checkpoints["olmo3"], source, ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = load_file(checkpoints["olmo3"] / "model.safetensors")
+    names = sorted(weights)  # lm_head first in name and last on disk: the hash must not depend on the files
+    weight_map = {name: f"model-{3 - 3 * i // len(names)}.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        save_file({n: weights[n] for n in names if weight_map[n] == file}, source / file, {"format": "pt"})
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     one = cut(checkpoints["olmo3"], scores["olmo3"], tmp_path / "one", HIDDEN_SIZE=36)
     monkeypatch.setattr(prune, "SHARD_BYTES", 60_000)
     many = cut(source, scores["olmo3"], tmp_path / "many", HIDDEN_SIZE=36)
     shards = sorted(many.glob("*.safetensors"))
     assert len(shards) > 2
     index = json.loads((many / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) == len(shards)
     merged = {}
     for shard in shards:
         tensors = load_file(shard)
@@ -240,6 +265,7 @@ def test_tied_embeddings_stay_tied(text, tmp_path):
     scores = analyse(source, text, tmp_path / "scores.pt")
     folder = cut(source, scores, tmp_path / "out", HIDDEN_SIZE=36)
     student = load(folder)
+    assert torch.equal(student.lm_head.weight, load(source).lm_head.weight[:, kept(folder)["hidden"]])
     assert student.lm_head.weight is student.model.embed_tokens.weight
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert "lm_head.weight" not in file.keys()
@@ -257,6 +283,44 @@ def test_a_failed_run_leaves_the_old_result(checkpoints, scores, tmp_path, monke
         cut(checkpoints["olmo3"], scores["olmo3"], output, HIDDEN_SIZE=40)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_between_the_two_renames_keeps_a_result(tmp_path, monkeypatch):
+    """Once as an error that Pare sees, once as a kill, which only the next run can repair."""
+
+    def make(content):
+        with common.new_folder(tmp_path / "out", "prune.py") as folder:
+            (folder / "pare.json").write_text('{"script": "prune.py"}')
+            (folder / "data").write_text(content)
+
+    make("first")
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name == ".out.tmp":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(common.PareError, match="OUTPUT_DIR"):
+        make("second")
+    assert (tmp_path / "out" / "data").read_text() == "first"
+    monkeypatch.setattr(Path, "rename", rename)
+    (tmp_path / "out").rename(tmp_path / ".out.old")
+    make("third")
+    assert (tmp_path / "out" / "data").read_text() == "third"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_folder_behind_a_link_stays_behind_it(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big")
+    for content in ("first", "second"):
+        with common.new_folder(tmp_path / "link", "prune.py") as folder:
+            (folder / "pare.json").write_text('{"script": "prune.py"}')
+            (folder / "data").write_text(content)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "big" / "data").read_text() == "second"
 
 
 def test_a_result_is_replaced_by_a_complete_successor(checkpoints, scores, tmp_path):
