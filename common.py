@@ -215,6 +215,14 @@ def print_table(rows: list[list]) -> None:
         print("  " + "  ".join(cells).rstrip())
 
 
+def new_figure(rows: int, columns: int, size: tuple[float, float]):
+    """A matplotlib figure and its axes; no display is needed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Model families. To add one: a row of FAMILIES that names every module with weights and the axes each is cut on.
 
@@ -729,6 +737,10 @@ def replace_file(path: Path, write) -> None:
         raise PareError(f"{path} could not be written ({first_line(error)}); what was there is untouched.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_figure(figure, path: Path) -> None:
+    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
 def write_json(path: Path, value) -> None:

@@ -115,12 +115,7 @@ def greedy_sample(folder: Path, prompt: str) -> str:
 
 def plot(results: dict, runs: dict[str, Path], path: Path) -> None:
     """KL to the teacher while both students train, and where each model ends."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = common.new_figure(1, 2, (11, 4))
     for name, folder in runs.items():
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         points = [(line["tokens"], line["held_out_kl"]) for line in lines if "held_out_kl" in line]
@@ -131,8 +126,7 @@ def plot(results: dict, runs: dict[str, Path], path: Path) -> None:
     right.barh(names, [results[name]["next_token_agreement"] for name in names], color="tab:blue")
     right.invert_yaxis()
     right.set(title="next-token agreement with the teacher", xlim=(0, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    common.save_figure(figure, path)
 
 
 def summarise(evaluation: dict, folder: Path) -> dict:

@@ -395,6 +395,14 @@ def check_same_run(folder: Path, record: dict) -> None:
         print(f"the run was started with other versions ({saved['versions']}); its last bits may differ")
 
 
+def check_same_text(folder: Path, record: dict) -> None:
+    if json.loads((folder / "pare.json").read_text())["data"] != record["data"]:
+        raise PareError(
+            f"DATASET = {record['constants']['DATASET']!r} is not the text that OUTPUT_DIR was started with.\n"
+            "Put that back to continue it, or choose another OUTPUT_DIR."
+        )
+
+
 def load_checkpoint(folder: Path, student, optimizer) -> int:
     """Restore weights, optimizer and random state in place; return the step."""
     weights = load_file(folder / "model.safetensors")
@@ -481,7 +489,12 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, log, sav
     progress = common.Progress(settings.num_steps, "steps", "distilling", done=first_step)
     for step in range(first_step, settings.num_steps):
         start = time.monotonic()
-        loss, gradient_norm = train_step(student, teacher, rows, optimizer, step, settings)
+        try:
+            loss, gradient_norm = train_step(student, teacher, rows, optimizer, step, settings)
+        except torch.OutOfMemoryError:
+            size = settings.micro_batch_size
+            advice = f"Set MICRO_BATCH_SIZE = {size // 2}." if size > 1 else "Lower SEQUENCE_LENGTH."
+            raise PareError(f"MICRO_BATCH_SIZE = {size} does not fit on {settings.device}. {advice}") from None
         tokens_per_second = settings.tokens_per_step / (time.monotonic() - start)
         done, last = step + 1, step + 1 == settings.num_steps
         metrics = {
@@ -528,15 +541,10 @@ def open_log(path: Path, checkpoint: Path | None, report_to: str | None, setting
 
 
 def plot(metrics: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     steps = [line for line in metrics if "loss" in line]
     evaluations = [line for line in metrics if "held_out_kl" in line]
     tokens = [line["tokens"] for line in evaluations]
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    figure, axes = common.new_figure(1, 3, (14, 4))
     axes[0].plot([line["tokens"] for line in steps], [line["loss"] for line in steps], alpha=0.5, label="training")
     axes[0].plot(tokens, [line["held_out_kl"] for line in evaluations], marker="o", label="held out")
     axes[0].set(title="KL to the teacher (nats per token)", xlabel="tokens", yscale="log")
@@ -547,8 +555,7 @@ def plot(metrics: list[dict], path: Path) -> None:
     axes[1].legend()
     axes[2].plot(tokens, [line["held_out_agreement"] for line in evaluations], marker="o")
     axes[2].set(title="next-token agreement with the teacher", xlabel="tokens", ylim=(0, 1))
-    common.replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    plt.close(figure)
+    common.save_figure(figure, path)
 
 
 CARD = """\
@@ -682,31 +689,25 @@ def print_results(before: dict, after: dict) -> None:
     print(f"  the teacher's own loss is {after['teacher_loss']:.4f}")
 
 
-def main() -> Path:
-    script = sys.modules[__name__]
-    constants = common.read_constants(script)
-    settings = derive_settings(constants)
-    output = common.output_path(OUTPUT_DIR)
-    common.check_own_folder(output, "OUTPUT_DIR", "distill.py")
-    teacher_checkpoint = common.find_checkpoint(TEACHER, REVISION, "TEACHER")
-    student_checkpoint = common.find_checkpoint(STUDENT, None, "STUDENT")
-    for constant, checkpoint in (("TEACHER", teacher_checkpoint), ("STUDENT", student_checkpoint)):
+def find_pair(output: Path, settings) -> tuple[common.Checkpoint, common.Checkpoint]:
+    """Teacher and student checkpoints that fit each other and the settings."""
+    teacher = common.find_checkpoint(settings.teacher, settings.revision, "TEACHER")
+    student = common.find_checkpoint(settings.student, None, "STUDENT")
+    for constant, checkpoint in (("TEACHER", teacher), ("STUDENT", student)):
         if output.resolve() == checkpoint.folder.resolve():
-            raise PareError(f"OUTPUT_DIR = {OUTPUT_DIR!r} is the folder of {constant} itself; choose another.")
-        common.check_length(checkpoint, SEQUENCE_LENGTH, constant)
-    check_same_vocabulary(teacher_checkpoint, student_checkpoint)
-    hashes = [
-        common.hash_checkpoint(teacher_checkpoint, "TEACHER"),
-        common.hash_checkpoint(student_checkpoint, "STUDENT"),
-    ]
-    record = common.run_record(
-        script,
-        teacher={"name": TEACHER, "revision": teacher_checkpoint.revision, "weights_hash": hashes[0]},
-        student={"name": STUDENT, "revision": student_checkpoint.revision, "weights_hash": hashes[1]},
-        tokens=settings.num_steps * settings.tokens_per_step,
-        device=settings.device.type,
-        dtype=str(settings.dtype)[6:],
-    )
+            raise PareError(f"OUTPUT_DIR = {settings.output_dir!r} is the folder of {constant} itself; choose another.")
+        common.check_length(checkpoint, settings.sequence_length, constant)
+    check_same_vocabulary(teacher, student)
+    return teacher, student
+
+
+def model_record(checkpoint: common.Checkpoint, constant: str) -> dict:
+    weights_hash = common.hash_checkpoint(checkpoint, constant)
+    return {"name": checkpoint.name, "revision": checkpoint.revision, "weights_hash": weights_hash}
+
+
+def open_output(output: Path, record: dict) -> Path | None:
+    """Make OUTPUT_DIR ours and return the checkpoint to continue from, if the run in it is the same one."""
     for debris in (output / "checkpoints").glob(".step-*.tmp"):  # of a save that was killed
         shutil.rmtree(debris)
     latest = latest_checkpoint(output / "checkpoints")
@@ -715,38 +716,53 @@ def main() -> Path:
     output.mkdir(parents=True, exist_ok=True)
     if not (output / "pare.json").exists():
         common.write_json(output / "pare.json", record)
+    return latest
+
+
+def load_pair(teacher_checkpoint, student_checkpoint, settings) -> tuple:
+    """Teacher in the compute dtype, student in float32, on the device."""
+    teacher = common.load_model(teacher_checkpoint, settings.dtype, settings.device, "TEACHER")
+    student = common.load_model(student_checkpoint, torch.float32, settings.device, "STUDENT")
+    if settings.gradient_checkpointing:
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)  # renamed
+        enable({"use_reentrant": False})
+    return teacher, student
+
+
+def main() -> Path:
+    constants = common.read_constants(sys.modules[__name__])
+    settings = derive_settings(constants)
+    output = common.output_path(OUTPUT_DIR)
+    metrics_path = output / "metrics.jsonl"
+    common.check_own_folder(output, "OUTPUT_DIR", "distill.py")
+    teacher_checkpoint, student_checkpoint = find_pair(output, settings)
+    record = common.run_record(
+        sys.modules[__name__],
+        teacher=model_record(teacher_checkpoint, "TEACHER"),
+        student=model_record(student_checkpoint, "STUDENT"),
+        tokens=settings.num_steps * settings.tokens_per_step,
+        device=settings.device.type,
+        dtype=str(settings.dtype)[6:],
+    )
+    latest = open_output(output, record)
 
     torch.manual_seed(SEED)
     held_out, rows, record["data"] = prepare_data(output / "data", teacher_checkpoint, settings)
-    if latest and json.loads((latest / "pare.json").read_text())["data"] != record["data"]:
-        raise PareError(
-            f"DATASET = {DATASET!r} is not the text that the run in OUTPUT_DIR = {OUTPUT_DIR!r} was started with.\n"
-            "Put that back to continue it, or choose another OUTPUT_DIR."
-        )
-    teacher = common.load_model(teacher_checkpoint, settings.dtype, settings.device, "TEACHER")
-    student = common.load_model(student_checkpoint, torch.float32, settings.device, "STUDENT")
-    if GRADIENT_CHECKPOINTING:
-        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)  # renamed
-        enable({"use_reentrant": False})
+    if latest:
+        check_same_text(latest, record)
+    teacher, student = load_pair(teacher_checkpoint, student_checkpoint, settings)
     optimizer = build_optimizer(student, settings)
     first_step = load_checkpoint(latest, student, optimizer) if latest else 0
     common.write_json(output / "pare.json", record)
     print_plan(student, rows, first_step, settings)
 
-    metrics_path = output / "metrics.jsonl"
     log = open_log(metrics_path, latest, REPORT_TO, settings, constants)
 
     def save(step):
-        save_checkpoint(output / "checkpoints", step, student, optimizer, record, metrics_path, KEEP_CHECKPOINTS)
+        checkpoints = output / "checkpoints"
+        save_checkpoint(checkpoints, step, student, optimizer, record, metrics_path, KEEP_CHECKPOINTS)
 
-    try:
-        train(student, teacher, held_out, rows, optimizer, first_step, log, save, settings)
-    except torch.OutOfMemoryError:
-        half = MICRO_BATCH_SIZE // 2
-        advice = (
-            f"Set MICRO_BATCH_SIZE = {half}" if half else "Lower SEQUENCE_LENGTH or set GRADIENT_CHECKPOINTING = True"
-        )
-        raise PareError(f"MICRO_BATCH_SIZE = {MICRO_BATCH_SIZE} does not fit on {settings.device}. {advice}.") from None
+    train(student, teacher, held_out, rows, optimizer, first_step, log, save, settings)
 
     metrics = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     evaluations = [line for line in metrics if "held_out_kl" in line]

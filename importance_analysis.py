@@ -201,12 +201,7 @@ def report(scores: dict, halves: list[dict], layer_types: list[str], num_samples
 
 
 def plot(scores: dict, layer_types: list[str], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
+    figure, axes = common.new_figure(2, 2, (13, 8))
     num_layers = len(layer_types)
     for axis, key, units in ((axes[0, 0], "mlp", "neuron"), (axes[0, 1], "attention", "head")):
         relative = scores[key] / scores[key].mean(dim=1, keepdim=True).clamp(min=1e-30)
@@ -225,8 +220,7 @@ def plot(scores: dict, layer_types: list[str], path: Path) -> None:
             axes[1, 1].bar(members, layer_values(scores)[members].numpy(), color=colour, label=kind.replace("_", " "))
     axes[1, 1].set(title="block importance", xlabel="layer", ylabel="1 - cos(input, output)")
     axes[1, 1].legend()
-    common.replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    plt.close(figure)
+    common.save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

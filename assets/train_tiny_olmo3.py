@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
 from demo import is_held_out, python_documents  # noqa: E402
 
 OUTPUT_DIR = ROOT / "assets" / "tiny-olmo3"
@@ -147,18 +148,13 @@ def save(model, tokenizer, records: list[dict]) -> None:
 
 
 def plot(records: list[dict]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = common.new_figure(1, 1, (7, 4))
     tokens = [record["tokens"] for record in records]
     axes.plot(tokens, [record["train_loss"] for record in records], label="training (since the last point)")
     axes.plot(tokens, [record["held_out_loss"] for record in records], label="held out")
     axes.set(xlabel="tokens", ylabel="cross-entropy (nats per token)", title="tiny-olmo3")
     axes.legend()
-    figure.savefig(OUTPUT_DIR / "training.png", dpi=110)
+    common.save_figure(figure, OUTPUT_DIR / "training.png")
 
 
 def main() -> None:
