@@ -740,6 +740,11 @@ def replace_file(path: Path, write) -> None:
 
 
 def save_figure(figure, path: Path) -> None:
+    """Write a PNG, whole or not at all, with plain numbers on logarithmic axes."""
+    for axes in figure.axes:
+        if axes.get_yscale() == "log":
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
     replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
