@@ -25,8 +25,8 @@ import importance_analysis
 import prune
 
 OUTPUT_DIR: str = "demo_output"  # made anew by every run
-NUM_SAMPLES: int = 512  # calibration rows of 256 tokens
-TRAIN_TOKENS: int = 2**19  # for each of the two students
+NUM_SAMPLES: int = 256  # calibration rows of 256 tokens
+TRAIN_TOKENS: int = 2**18  # for each of the two students
 PROMPT: str = "import os\n\ndef "  # what the greedy samples continue
 SAMPLE_TOKENS: int = 60  # length of a sample
 SEED: int = 0  # of calibration, the random student and the order of training rows
@@ -41,15 +41,15 @@ SIZES = {  # half of the teacher's 2.54M parameters outside the embeddings; in p
     "LAYERS_TO_DROP": None,
 }
 DISTILLATION = {
-    "TOKENS_PER_STEP": 2**12,
-    "MICRO_BATCH_SIZE": 16,
+    "TOKENS_PER_STEP": 2**10,  # many small steps recover more from the same few tokens
+    "MICRO_BATCH_SIZE": 4,
     "LEARNING_RATE": 2e-3,
     "MIN_LEARNING_RATE": 1e-4,
-    "WARMUP_STEPS": 10,
+    "WARMUP_STEPS": 20,
     "GRADIENT_CHECKPOINTING": False,
-    "EVAL_EVERY": 32,
-    "EVAL_TOKENS": 2**15,
-    "SAVE_EVERY": 64,
+    "EVAL_EVERY": 64,
+    "EVAL_TOKENS": 2**14,
+    "SAVE_EVERY": 128,
 }
 HELD_OUT_SHARE = 16  # one document in 16 is held out
 

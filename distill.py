@@ -99,8 +99,8 @@ class ForwardKL(torch.autograd.Function):
         rows = chunk_rows(chunk_bytes, len(weight), dtype)
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            q_log = torch.log_softmax(project(teacher_hidden[chunk], teacher_weight, dtype) / temperature, dim=-1)
-            p_log = torch.log_softmax(project(hidden[chunk], compute_weight, dtype) / temperature, dim=-1)
+            q_log = torch.log_softmax(project(teacher_hidden[chunk], teacher_weight, dtype).div_(temperature), dim=-1)
+            p_log = torch.log_softmax(project(hidden[chunk], compute_weight, dtype).div_(temperature), dim=-1)
             q = q_log.exp()
             loss += torch.sum(q * q_log.sub_(p_log))
             grad = p_log.exp_().sub_(q).mul_(temperature / denominator).to(hidden.dtype)  # (rows, V), of the logits
