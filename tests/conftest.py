@@ -15,6 +15,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import common  # noqa: E402
+import demo  # noqa: E402
 import distill  # noqa: E402
 import importance_analysis  # noqa: E402
 import prune  # noqa: E402
@@ -118,13 +119,14 @@ def text(tmp_path_factory) -> str:
     return str(path)
 
 
+SCRIPTS = (importance_analysis, prune, distill, demo)
+DEFAULTS = {script: {name: getattr(script, name) for name in common.constants_of(script)} for script in SCRIPTS}
+
+
 @pytest.fixture(autouse=True)
-def restore_constants():
-    """Tests set constants as a user does; put the defaults back afterwards."""
-    scripts = (importance_analysis, prune, distill)
-    before = [{name: getattr(script, name) for name in common.constants_of(script)} for script in scripts]
-    yield
-    for script, constants in zip(scripts, before, strict=True):
+def default_constants():
+    """Tests and fixtures set constants as a user does; each test starts from the scripts' own."""
+    for script, constants in DEFAULTS.items():
         for name, value in constants.items():
             setattr(script, name, value)
 

@@ -276,11 +276,7 @@ def lines_of(output) -> list[dict]:
 def finished(pair, text, tmp_path_factory):
     """One uninterrupted run that several tests look at."""
     output = tmp_path_factory.mktemp("run") / "out"
-    before = {name: getattr(distill, name) for name in common.constants_of(distill)}
-    folder = distilled(pair, text, output)
-    for name, value in before.items():
-        setattr(distill, name, value)
-    return output, folder
+    return output, distilled(pair, text, output)
 
 
 def test_a_run_learns_and_records(finished):
