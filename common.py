@@ -6,6 +6,7 @@ Nothing here is a setting, and importing it does nothing. Shapes: T tokens of a 
 import ast
 import copy
 import difflib
+import fcntl
 import hashlib
 import importlib.util
 import inspect
@@ -22,11 +23,13 @@ import time
 import types
 import typing
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import accelerate
+import numpy as np
 import torch
 import transformers
 from huggingface_hub.errors import HTTPError, StrictDataclassError
@@ -155,7 +158,8 @@ def pick_device(name: str) -> torch.device:
     found = [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
     if name not in ["auto", *found]:
         raise PareError(f"DEVICE = {name!r} is not there; this machine has 'auto', {', '.join(map(repr, found))}.")
-    return torch.device(found[0] if name == "auto" else name)
+    name = found[0] if name == "auto" else name
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -186,6 +190,40 @@ def run_record(script: types.ModuleType, **more) -> dict:
     }
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are; (0, 1) outside `accelerate launch`."""
+    distributed = torch.distributed
+    ready = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if ready else (0, 1)
+
+
+@contextmanager
+def processes(device: str) -> Iterator[tuple[int, int]]:
+    """Join the processes of `accelerate launch`, if it started this one; only the process of rank 0 prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield 0, 1
+        return
+    state = accelerate.PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if state.is_main_process else nowhere):
+        yield rank_and_world()
+        torch.distributed.barrier()
+    state.destroy_process_group()
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of `tensor` over all processes, in each of them."""
+    if rank_and_world()[1] == 1:
+        return tensor
+    return accelerate.utils.reduce(tensor.to(accelerate.PartialState().device), "sum")
+
+
+def from_rank_0(value):
+    """The value that the process of rank 0 has, in all of them."""
+    if rank_and_world()[1] == 1:
+        return value
+    return accelerate.utils.broadcast_object_list([value])[0]
+
+
 class Progress:
     """One progress bar in a terminal; elsewhere a plain line every ten seconds."""
 
@@ -206,12 +244,13 @@ class Progress:
         self.bar.close()
 
 
-def print_table(rows: list[list]) -> None:
-    """Print rows of cells in aligned columns, the first left and the others right."""
+def print_table(rows: list[list], right: bool = True) -> None:
+    """Print rows of cells in aligned columns, the first left and the others right or left."""
     rows = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        pad = str.rjust if right else str.ljust
+        cells = [row[0].ljust(widths[0]), *(pad(cell, width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         print("  " + "  ".join(cells).rstrip())
 
 
@@ -229,7 +268,8 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]):
 HIDDEN, NEURONS, QUERY, KEY_VALUE = "hidden", "neurons", "query", "key_value"  # channels that pruning selects
 WHOLE = None  # an axis that is never cut (the vocabulary, one head's width)
 
-OUTSIDE_LAYERS = {"model.embed_tokens": (WHOLE, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (WHOLE, HIDDEN)}
+EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens", "model.norm", "lm_head"
+OUTSIDE_LAYERS = {EMBEDDING: (WHOLE, HIDDEN), FINAL_NORM: (HIDDEN,), LM_HEAD: (WHOLE, HIDDEN)}
 LINEARS = {  # module of a decoder layer -> the channels along the axes of its weight; a bias lies along the first
     "self_attn.q_proj": (QUERY, HIDDEN),
     "self_attn.k_proj": (KEY_VALUE, HIDDEN),
@@ -239,9 +279,25 @@ LINEARS = {  # module of a decoder layer -> the channels along the axes of its w
     "mlp.up_proj": (NEURONS, HIDDEN),
     "mlp.down_proj": (HIDDEN, NEURONS),
 }
+ATTENTION_INPUT, HEADS, FEEDFORWARD_INPUT, NEURONS_AT = (  # places: where the inputs of linear layers are cut
+    "self_attn.q_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.down_proj",
+)
+PLACES = {  # place -> the linear layers that read the same input there
+    ATTENTION_INPUT: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    HEADS: ("self_attn.o_proj",),
+    FEEDFORWARD_INPUT: ("mlp.gate_proj", "mlp.up_proj"),
+    NEURONS_AT: ("mlp.down_proj",),
+}
 PRE_NORMS = {"input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,)}
 POST_NORMS = {"post_attention_layernorm": (HIDDEN,), "post_feedforward_layernorm": (HIDDEN,)}
+NORMS_BEFORE_AND_AFTER = PRE_NORMS | POST_NORMS | {"pre_feedforward_layernorm": (HIDDEN,)}
+INPUT_NORMS = {ATTENTION_INPUT: "input_layernorm", FEEDFORWARD_INPUT: "post_attention_layernorm"}
+OUTPUT_NORMS = {HEADS: "post_attention_layernorm", NEURONS_AT: "post_feedforward_layernorm"}
 QK_NORMS_OVER_ALL_HEADS = {"self_attn.q_norm": (QUERY,), "self_attn.k_norm": (KEY_VALUE,)}
+QK_NORMS_PER_HEAD = {"self_attn.q_norm": (WHOLE,), "self_attn.k_norm": (WHOLE,)}
 
 
 @dataclass(frozen=True)
@@ -249,20 +305,57 @@ class Family:
     """What scoring and slicing know of an architecture. Module names are relative to a decoder layer."""
 
     modules: dict[str, tuple]  # every module of a layer that has weights -> the axes of its weight
-    attention_norm: str  # the norm that belongs to the attention: its output scores the hidden channels
-    feedforward_norm: str  # the norm that belongs to the feed-forward sub-layer
-    neurons_at: str = "mlp.down_proj"  # the module whose input is the neurons
-    heads_at: str = "self_attn.o_proj"  # the module whose input is the heads, side by side
+    input_norms: dict[str, str] = field(default_factory=lambda: INPUT_NORMS)  # place -> the norm in front of it
+    output_norms: dict[str, str] = field(default_factory=dict)  # place -> the norm behind its linear layer
     per_layer: tuple[str, ...] = ("layer_types",)  # lists in config.json with one entry per layer
     rope_per_layer_type: bool = False  # rope_parameters holds an entry for each layer type
+    norm_offset: float = 0.0  # a norm multiplies by its weight plus this
+    scaled_embedding: bool = False  # embeddings are multiplied by the square root of hidden_size
+    # What other runtimes assume (vLLM's own code and llama.cpp, as of 2026-09):
+    square: bool = False  # hidden_size = heads x head_dim
+    untied: bool = False  # an LM head of its own
+    pattern: tuple = ()  # the last list of `per_layer` repeats this
+
+    @property
+    def attention_norm(self) -> str:
+        """The norm that belongs to the attention; its outputs score the hidden channels (DESIGN: attn_ln)."""
+        return self.input_norms.get(ATTENTION_INPUT) or self.output_norms[HEADS]
+
+    @property
+    def feedforward_norm(self) -> str:
+        return self.input_norms.get(FEEDFORWARD_INPUT) or self.output_norms[NEURONS_AT]
+
+    @property
+    def norms(self) -> dict[str, str | None]:
+        """Norms of a layer -> the channels they span."""
+        return {name: axes[0] for name, axes in self.modules.items() if len(axes) == 1}
 
 
-OLMO_MODULES = LINEARS | POST_NORMS | QK_NORMS_OVER_ALL_HEADS
-OLMO_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+OLMO = {
+    "modules": LINEARS | POST_NORMS | QK_NORMS_OVER_ALL_HEADS,
+    "input_norms": {},
+    "output_norms": OUTPUT_NORMS,
+    "square": True,
+    "untied": True,
+}
+SLIDING, FULL = "sliding_attention", "full_attention"
 FAMILIES = {  # model_type in config.json -> family
-    "llama": Family(LINEARS | PRE_NORMS, "input_layernorm", "post_attention_layernorm"),
-    "olmo2": Family(OLMO_MODULES, *OLMO_NORMS),
-    "olmo3": Family(OLMO_MODULES, *OLMO_NORMS, rope_per_layer_type=True),
+    "llama": Family(LINEARS | PRE_NORMS),
+    "mistral": Family(LINEARS | PRE_NORMS),
+    "qwen2": Family(LINEARS | PRE_NORMS, square=True),
+    "qwen3": Family(LINEARS | PRE_NORMS | QK_NORMS_PER_HEAD),
+    "olmo2": Family(**OLMO),
+    "olmo3": Family(**OLMO, rope_per_layer_type=True, pattern=(SLIDING,) * 3 + (FULL,)),
+    "gemma3_text": Family(
+        LINEARS | NORMS_BEFORE_AND_AFTER | QK_NORMS_PER_HEAD,
+        input_norms=INPUT_NORMS | {FEEDFORWARD_INPUT: "pre_feedforward_layernorm"},
+        output_norms=OUTPUT_NORMS,
+        rope_per_layer_type=True,
+        norm_offset=1.0,
+        scaled_embedding=True,
+        pattern=(SLIDING,) * 5 + (FULL,),
+    ),
+    "smollm3": Family(LINEARS | PRE_NORMS, per_layer=("layer_types", "no_rope_layers"), pattern=(1, 1, 1, 0)),
 }
 
 
@@ -291,8 +384,11 @@ class TensorInfo:
     file: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it: BF16, F32, …
+    start: int  # its first byte in the file
 
 
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # those that Pare slices
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LOCAL_OR_DEMO = "A local folder works too, and `uv run demo.py` needs no network."
 
 
@@ -319,9 +415,12 @@ def find_checkpoint(name: str, revision: str | None, constant: str) -> Checkpoin
         raise PareError(f"{constant} = {name!r}: config.json is damaged ({error}). Download it again.") from None
     if model_type not in FAMILIES:
         raise PareError(
-            f"{constant} = {name!r} is of the family {model_type!r}, which Pare does not know. "
-            f"Supported: {', '.join(FAMILIES)}.\nA new family is a row of FAMILIES in common.py."
+            f"{constant} = {name!r} is of the family {model_type!r}, which Pare does not know (nor any "
+            f"mixture of experts, nor fused projections).\nSupported: {', '.join(FAMILIES)}. A new family is a row of "
+            "FAMILIES in common.py."
         )
+    if raw.get("auto_map"):
+        raise PareError(f"{constant} = {name!r} brings code of its own (auto_map in config.json); Pare never runs it.")
     if raw.get("quantization_config"):
         raise PareError(f"{constant} = {name!r} is quantized; give the bfloat16 or float32 checkpoint it came from.")
     config = parse_config(transformers.CONFIG_MAPPING[model_type], raw, f"{constant} = {name!r}")
@@ -392,6 +491,13 @@ def layer_types_of(config) -> list[str]:
     return list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
 
 
+def best_block(distances: torch.Tensor, count: int) -> int | None:
+    """The first of the `count` contiguous layers over which `distances` (L + 1, L + 1) is least; None where there are
+    too few. The first and the last layer are never among them."""
+    starts = range(1, len(distances) - 1 - count)
+    return min(starts, key=lambda start: distances[start, start + count].item(), default=None)
+
+
 def tensor_infos(checkpoint: Checkpoint, constant: str) -> dict[str, TensorInfo]:
     """Every tensor of a checkpoint from the headers of its safetensors files; no weight is read."""
     folder = checkpoint.folder
@@ -399,6 +505,8 @@ def tensor_infos(checkpoint: Checkpoint, constant: str) -> dict[str, TensorInfo]
     index = folder / "model.safetensors.index.json"
     try:
         weight_map = dict(json.loads(index.read_text())["weight_map"]) if index.is_file() else {}
+        if not all(isinstance(file, str) for file in weight_map.values()):
+            raise TypeError
     except (ValueError, KeyError, TypeError):
         raise PareError(f"{what}: {index.name} is damaged. Download the model again.") from None
     files = sorted(set(weight_map.values())) or ["model.safetensors"]
@@ -413,16 +521,85 @@ def tensor_infos(checkpoint: Checkpoint, constant: str) -> dict[str, TensorInfo]
     infos = {}
     for file in files:
         try:
-            with safe_open(folder / file, framework="pt") as shard:
-                for name in shard.keys():
-                    tensor = shard.get_slice(name)
-                    infos[name] = TensorInfo(file, tuple(tensor.get_shape()), tensor.get_dtype())
-        except SafetensorError as error:
+            infos |= read_header(folder / file)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PareError(f"{what}: {file} is damaged ({first_line(error)}). Download the model again.") from None
     if weight_map and set(weight_map) != set(infos):
         lost = sorted(set(weight_map) ^ set(infos))
         raise PareError(f"{what}: {index.name} and the files disagree on {lost[0]}. Download the model again.")
     return infos
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """What a safetensors file holds: eight bytes of header length, the JSON header, the tensors' bytes."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size, 100_000_000):
+            raise ValueError(f"{size} bytes without a header")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    spans = sorted((*tensor["data_offsets"], name) for name, tensor in header.items())
+    ends = [0, *(end for _, end, _ in spans)]
+    if [start for start, _, _ in spans] != ends[:-1]:
+        raise ValueError("its tensors overlap or leave gaps")
+    if 8 + length + ends[-1] != size:
+        raise ValueError(f"cut short: {size} bytes of {8 + length + ends[-1]}")
+    infos = {}
+    for start, end, name in spans:
+        shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
+        if end - start != math.prod(shape) * DTYPE_BYTES.get(dtype, (end - start) / max(1, math.prod(shape))):
+            raise ValueError(f"{name} has {end - start} bytes, which is not its shape {shape} in {dtype}")
+        infos[name] = TensorInfo(path.name, shape, dtype, 8 + length + start)
+    return infos
+
+
+class Source:
+    """Rows of the tensors of safetensors files, read as byte ranges."""
+
+    def __init__(self, folder: Path, infos: dict[str, TensorInfo]):
+        self.folder, self.infos = folder, infos
+        self.files = {info.file: (folder / info.file).open("rb") for info in infos.values()}
+
+    def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """The rows (n,) of a matrix: (n, columns), or of a vector, as a matrix of one column: (n, 1)."""
+        info = self.infos[name]
+        width = math.prod(info.shape[1:]) * DTYPE_BYTES[info.dtype]
+        if len(info.shape) == 1:
+            buffer = self.read(info, 0, info.shape[0] * width).reshape(-1, width)[index.numpy()]
+        else:
+            index = index.numpy()
+            first, last = int(index.min()), int(index.max())
+            if len(index) > (last - first) // 2:  # one long read is faster than many short ones with small gaps
+                span = self.read(info, first * width, (last - first + 1) * width).reshape(-1, width)
+                buffer = span if np.array_equal(index, np.arange(first, last + 1)) else span[index - first]
+            else:
+                buffer = np.empty((len(index), width), np.uint8)
+                starts = np.flatnonzero(np.diff(index, prepend=-2) != 1).tolist()  # of each run of adjacent rows
+                for start, end in zip(starts, [*starts[1:], len(index)], strict=True):
+                    self.read(info, int(index[start]) * width, (end - start) * width, buffer[start:end])
+        return torch.from_numpy(buffer).view(TORCH_DTYPES[info.dtype])
+
+    def read(self, info: TensorInfo, start: int, size: int, buffer: np.ndarray | None = None) -> np.ndarray:
+        buffer = np.empty(size, np.uint8) if buffer is None else buffer
+        if os.preadv(self.files[info.file].fileno(), [buffer], info.start + start) != size:
+            raise OSError(f"{info.file} ended early")
+        return buffer
+
+    def forget(self, name: str) -> None:
+        """Drop a tensor from the system's page cache: it is read once, and others need the room."""
+        info = self.infos[name]
+        if hasattr(os, "posix_fadvise"):
+            size = math.prod(info.shape) * DTYPE_BYTES[info.dtype]
+            os.posix_fadvise(self.files[info.file].fileno(), info.start, size, os.POSIX_FADV_DONTNEED)
+
+    def whole(self, name: str) -> torch.Tensor:
+        shape = self.infos[name].shape
+        return self.rows(name, torch.arange(shape[0])).view(shape)
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
 
 
 def count_parameters(shapes: dict[str, tuple]) -> tuple[int, int]:
@@ -444,6 +621,11 @@ def hash_checkpoint(checkpoint: Checkpoint, constant: str) -> str:
     return digest.hexdigest()
 
 
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def hash_config(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(checkpoint.raw, sort_keys=True).encode()).hexdigest()
 
@@ -451,10 +633,13 @@ def hash_config(checkpoint: Checkpoint) -> str:
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, constant: str):
     """Load a causal language model strictly, in eval mode.
 
-    Safetensors only, no remote code, no missing, unexpected or mismatched key, finite weights; else PareError.
+    Safetensors only, no remote code, no missing, unexpected or mismatched key, finite weights; else PareError. A model
+    that is too large for its GPU is spread over all of them, and over the CPU's memory.
     """
     what = f"{constant} = {checkpoint.name!r}"
-    tensor_infos(checkpoint, constant)  # the clear messages come from here
+    infos = tensor_infos(checkpoint, constant)  # the clear messages come from here
+    num_bytes = dtype.itemsize * sum(math.prod(info.shape) for info in infos.values())
+    spread = device.type == "cuda" and rank_and_world()[1] == 1 and num_bytes > 0.8 * torch.cuda.mem_get_info(device)[0]
     transformers.utils.logging.disable_progress_bar()
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # its report of wrong keys; ours is the error below
@@ -462,7 +647,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             dtype=dtype,
-            device_map={"": device},
+            device_map="auto" if spread else {"": device},
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -471,7 +656,9 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
     except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise PareError(f"{what} does not fit on DEVICE = {str(device)!r} in {dtype}.") from None
-        raise PareError(f"{what} does not load: {first_line(error)}") from None
+        shapes = "ignore_mismatched_sizes" in str(error)
+        reason = "weights and config.json disagree on shapes" if shapes else first_line(error)
+        raise PareError(f"{what} does not load: {reason}. Download the model again.") from None
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -497,6 +684,11 @@ def check_length(checkpoint: Checkpoint, length: int, constant: str) -> None:
 
 def load_tokenizer(checkpoint: Checkpoint, constant: str):
     """The checkpoint's own tokenizer. Raises PareError where it has none, or no end-of-text token."""
+    settings = checkpoint.folder / "tokenizer_config.json"
+    if settings.is_file() and "auto_map" in settings.read_text(errors="replace"):
+        raise PareError(
+            f"{constant} = {checkpoint.name!r}: its tokenizer brings code of its own (auto_map); Pare never runs it."
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises nothing narrower
@@ -574,8 +766,9 @@ def read_column(rows: Iterable[dict], column: str, what: str) -> Iterator[str]:
 
 def open_splits(dataset: str, config: str | None, constant: str) -> dict:
     """The splits of a dataset by name, each an iterable of rows. Local files are one split, `train`."""
-    import datasets
     from datasets.exceptions import DatasetsError
+
+    import datasets
 
     what = f"{constant} = {dataset!r}"
     path = Path(dataset).expanduser()
@@ -686,7 +879,7 @@ def new_folder(path: Path, script: str, constant: str = "OUTPUT_DIR") -> Iterato
     What `path` held before is replaced only after its successor is complete and synced to disk.
     """
     path = path.resolve()  # a link stays a link
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    temporary, old = path.with_name(f".{path.name}.tmp"), old_folder(path)
     if old.exists() and not path.exists():  # killed between the two renames below
         old.rename(path)
     check_own_folder(path, constant, script)
@@ -694,13 +887,7 @@ def new_folder(path: Path, script: str, constant: str = "OUTPUT_DIR") -> Iterato
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        sync_folder(temporary)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        temporary.rename(path)
-        sync_file(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(temporary, path)
     except (OSError, SafetensorError) as error:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -713,12 +900,73 @@ def new_folder(path: Path, script: str, constant: str = "OUTPUT_DIR") -> Iterato
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def old_folder(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Sync the folder `temporary` to disk and rename it onto `path`; what `path` held is removed afterwards."""
+    old = old_folder(path)
+    sync_folder(temporary)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    temporary.rename(path)
+    sync_file(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def lock(path: Path, constant: str, rank: int = 0) -> Iterator[None]:
+    """Refuse a second process that would write `path`. The system lets go of the lock when a process dies."""
+    if rank:
+        yield
+        return
+    name = path.absolute().with_name(f".{path.name}.lock")
+    while True:
+        try:
+            name.parent.mkdir(parents=True, exist_ok=True)
+            file = name.open("w")
+        except OSError as error:
+            raise PareError(f"{constant} = {str(path)!r} cannot be written ({first_line(error)}).") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PareError(
+                f"{constant} = {str(path)!r} is being written by another run; wait for it, or choose another."
+            ) from None
+        if name.exists() and os.path.samestat(os.fstat(file.fileno()), name.stat()):
+            break
+        file.close()  # another run removed this file when it ended; lock the new one
+    try:
+        yield
+    finally:
+        name.unlink(missing_ok=True)
+        file.close()
+
+
+def metadata_of(path: Path) -> dict[str, str] | None:
+    """The metadata of a safetensors file; None where there is none that is whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata()
+    except (SafetensorError, OSError):
+        return None
+
+
 def sync_file(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_and_forget(descriptor: int) -> None:
+    """Sync an open file to disk and drop it from the page cache."""
+    os.fsync(descriptor)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folder(folder: Path) -> None:
@@ -755,7 +1003,24 @@ def write_json(path: Path, value) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The score file
 
-SCORE_KEYS = ("mlp", "attention", "attn_ln", "ffn_ln", "layer", "meta")
+
+SCORE_TENSORS = ("mlp", "attention", "attn_ln", "ffn_ln", "hidden", "angular_distance")
+
+
+def hash_scores(value) -> str:
+    """A hash of everything in a score file but the hash itself: torch.load does not notice a flipped byte."""
+    if isinstance(value, torch.Tensor):
+        text = f"{value.dtype} {tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes()
+    elif isinstance(value, dict):
+        text = repr([(key, hash_scores(value[key])) for key in value if key != "sha256"]).encode()
+    else:
+        text = repr(value).encode()
+    return hashlib.sha256(text).hexdigest()
+
+
+def save_scores(scores: dict, path: Path) -> None:
+    scores["sha256"] = hash_scores(scores)
+    replace_file(path, lambda temporary: torch.save(scores, temporary))
 
 
 def load_scores(path: Path) -> dict:
@@ -764,12 +1029,11 @@ def load_scores(path: Path) -> dict:
         raise PareError(f"SCORES_PATH = {str(path)!r} does not exist. Run `uv run importance_analysis.py` first.")
     try:
         scores = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = all(isinstance(scores[key], torch.Tensor) for key in ("mlp", "attention", "attn_ln", "ffn_ln"))
-        whole = (
-            tensors and {"model", "config_hash", "weights_hash", "dataset"} <= set(scores["meta"]) and scores["layer"]
-        )
+        tensors = all(isinstance(scores[key], torch.Tensor) for key in SCORE_TENSORS)
+        meta = {"model", "config_hash", "weights_hash", "dataset"} <= set(scores["meta"])
+        whole = tensors and meta and scores["layer"] and scores["sha256"] == hash_scores(scores)
     except Exception:  # whatever the bytes of a foreign file provoke; nothing in it is run
         whole = False
     if not whole:
-        raise PareError(f"SCORES_PATH = {str(path)!r} is not a score file of importance_analysis.py; name another.")
+        raise PareError(f"SCORES_PATH = {str(path)!r} is not a score file of this version, or damaged: run it again.")
     return scores

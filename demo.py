@@ -39,6 +39,7 @@ SIZES = {  # half of the teacher's 2.54M parameters outside the embeddings; in p
     "NUM_KEY_VALUE_HEADS": None,
     "NUM_HIDDEN_LAYERS": None,
     "LAYERS_TO_DROP": None,
+    "TARGET_PARAMS": None,
 }
 DISTILLATION = {
     "TOKENS_PER_STEP": 2**10,  # many small steps recover more from the same few tokens

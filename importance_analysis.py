@@ -1,23 +1,31 @@
 """Score every MLP neuron, attention head, hidden channel and layer of a model on calibration text.
 
     uv run importance_analysis.py
+    uv run accelerate launch importance_analysis.py    # the samples spread over several GPUs, the same scores
 
-Writes SCORES_PATH, which prune.py reads, and a picture of the scores beside it. One forward pass of the base model,
-without its LM head. The scores are Minitron's (arXiv 2407.14679 §2.2): activations averaged over the sequence, then
-the L2 norm over samples.
+Writes SCORES_PATH, which prune.py reads, a picture of the scores beside it and, with SECOND_MOMENTS, the folder
+`<name>.moments` from which prune.py refits what it cuts. One forward pass of the base model, without its LM head, for
+the scores, which are Minitron's (arXiv 2407.14679 §2.2); a few more over fewer samples for what LAYER_PERPLEXITY and
+SECOND_MOMENTS ask for. A killed run continues with the same command and ends with the same scores.
 
 Shapes: B batch, T tokens, H hidden, F intermediate, Q query heads, D head dim, L layers.
 """
 
 import hashlib
+import json
 import math
+import os
+import shutil
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import common
-from common import PareError
+from common import HIDDEN, WHOLE, PareError
 
 MODEL: str = "allenai/Olmo-3-7B-Instruct"  # the teacher: Hub id or local folder
 REVISION: str | None = None  # commit, tag or branch of a Hub id
@@ -28,104 +36,465 @@ TEXT_COLUMN: str = "text"  # the column of DATASET that holds the documents
 NUM_SAMPLES: int = 1024  # calibration rows (arXiv 2407.14679 §4)
 SEQUENCE_LENGTH: int = 4096  # tokens per row
 BATCH_SIZE: int = 4  # rows per forward pass; the scores do not depend on it
-SCORES_PATH: str = "importance_scores.pt"  # the picture lies beside it, as .png
+LAYER_PERPLEXITY: bool = True  # also the perplexity without each layer: half a forward pass per layer
+LAYER_PERPLEXITY_SAMPLES: int = 32  # of the calibration rows, for that
+SECOND_MOMENTS: bool = True  # also what prune.py needs to refit what it cuts: 22 GB on disk for a 7B model
+SECOND_MOMENT_SAMPLES: int = 256  # of the calibration rows, for that; about 100 tokens per neuron are plenty
+SCORES_PATH: str = "importance_scores.pt"  # beside it the picture, as .png, and the folder .moments
+SAVE_MINUTES: float = 5.0  # unfinished sums are saved this often
 SEED: int = 0  # order in which documents are drawn
-DEVICE: str = "auto"  # auto | cuda | mps | cpu
+DEVICE: str = "auto"  # auto | cuda | mps | cpu; auto spreads a model that is too large for one GPU over all
 DTYPE: str = "auto"  # auto | bfloat16 | float32; auto is bfloat16 on a GPU
 
 ENOUGH_CORRELATION = 0.95  # between two halves of the samples; below it, more samples would still change the choice
+OUTSIDE = "outside.safetensors"  # the second moments of the LM head's input
+ROWS = "rows.safetensors"  # the calibration rows beside them
+STRIDE = 16  # angles and norm statistics are read at every 16th token of a row, counted back from its last
+LOSS_TOKENS = 1024  # tokens whose logits exist at once
 
 
-class ScoreSums:
-    """Running sums of the scores, one row for each half of the samples, fed by hooks on the decoder layers.
+# ---------------------------------------------------------------------------------------------------------------------
+# Sums that survive a kill
 
-    Each hook reads an activation once. Sums are float64 (float32 where the device has none), whatever the model's
-    dtype: in bfloat16 late samples would be rounded away.
+
+class Sums:
+    """Named running sums, one row for each half of the samples, saved beside the score file while they grow.
+
+    Sums are float64 (float32 where the device has none), whatever the model's dtype: in bfloat16 late samples would be
+    rounded away. `done[stage]` counts the rows that a stage has finished.
     """
 
-    def __init__(self, model, family: common.Family):
-        self.half: torch.Tensor | None = None  # (B,) which half each row of the batch belongs to
-        self.sums: dict[str, list[torch.Tensor]] = {}  # score -> per layer (2, channels)
-        self.counts = torch.zeros(2, dtype=torch.int64)
-        self.accumulate_in = torch.float32 if model.device.type == "mps" else torch.float64
-        self.handles = []
+    def __init__(self, path: Path, identity: str, save_seconds: float):
+        self.path, self.identity, self.save_seconds = path, identity, save_seconds
+        self.sums: dict[str, torch.Tensor] = {}
+        self.done: dict[str, int] = {}
+        self.saved = time.monotonic()
+        if path.is_file():
+            self.restore()
+
+    def add(self, name: str, values: torch.Tensor, half: torch.Tensor) -> None:
+        """Add values (B, channels) to the sums `name`; `half` (B,) says which half each row belongs to."""
+        total = self.sums.get(name)
+        if total is None or total.device != values.device:
+            dtype = torch.float32 if values.device.type == "mps" else torch.float64
+            fresh = values.new_zeros(2, values.shape[-1], dtype=dtype)
+            total = self.sums[name] = fresh if total is None else fresh + total.to(values.device, dtype)
+        total.index_add_(0, half.to(values.device), values.to(total.dtype))
+
+    def digest(self, done: str, tensors: dict[str, torch.Tensor]) -> str:
+        digest = hashlib.sha256(f"{self.identity} {done}".encode())
+        for name in sorted(tensors):
+            digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+            digest.update(tensors[name].numpy().tobytes())
+        return digest.hexdigest()
+
+    def save_if_due(self) -> None:
+        if time.monotonic() - self.saved >= self.save_seconds:
+            tensors = {name: total.cpu() for name, total in self.sums.items()}
+            done = json.dumps(self.done)
+            record = {"identity": self.identity, "done": done, "sha256": self.digest(done, tensors)}
+            common.replace_file(self.path, lambda temporary: save_file(tensors, temporary, record))
+            self.saved = time.monotonic()
+
+    def restore(self) -> None:
+        """Take up saved sums of the same run; a damaged file or one of another run is left aside."""
+        record = common.metadata_of(self.path) or {}
+        tensors = {name: total.clone() for name, total in load_file(self.path).items()} if record else {}
+        same = record.get("identity") == self.identity
+        if same and record.get("sha256") == self.digest(record.get("done", ""), tensors):
+            self.sums, self.done = tensors, json.loads(record["done"])
+            print(f"continuing after {', '.join(f'{done} rows of {stage}' for stage, done in self.done.items())}")
+        else:
+            print(f"{self.path} is of another run, or damaged: starting anew")
+
+    def reduce(self) -> None:
+        """Add up the sums of all processes; all then hold the same."""
+        for name in sorted(self.sums):
+            self.sums[name] = common.sum_over_processes(self.sums[name])
+
+
+def run_stage(stage: str, sums: Sums, rows: torch.Tensor, half: torch.Tensor, batch_size: int, step: Callable) -> None:
+    """Call step(rows (B, T), half (B,)) on every batch that `sums` has not seen yet."""
+    first = sums.done.get(stage, 0)
+    progress = common.Progress(len(rows), "samples", stage, done=first)
+    for start in range(first, len(rows), batch_size):
+        batch = slice(start, start + batch_size)
+        step(rows[batch], half[batch])
+        sums.done[stage] = min(start + batch_size, len(rows))
+        sums.save_if_due()
+        progress.update(len(rows[batch]))
+    progress.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One forward pass: width scores, block importance, angles, and the statistics of the norms
+
+
+class Hooks:
+    """Hooks that read each activation of the decoder layers once and add what the scores need to `sums`.
+
+    Sums over samples, by name: `mlp.3` (mean over T of |x|)² (arXiv 2407.14679 §2.2), `layer.3` 1 - cosine, `energy.…`
+    mean squares of a block's input, `norm.…` mean squares of a norm's input relative to the whole, `angle…` distances.
+    """
+
+    def __init__(self, model, family: common.Family, sums: Sums):
+        self.sums, self.num_layers = sums, len(model.layers)
+        self.half: torch.Tensor | None = None  # (B,) of the batch under way
+        self.stream: list[torch.Tensor] = []  # layer inputs and the last output at every STRIDE-th token
+        self.last: tuple | None = None  # the layer output just seen, which is the next layer's input, and its L2 norms
+        self.handles, self.buffers = [], {}
         for index, layer in enumerate(model.layers):
             modules = dict(layer.named_modules())
-            self.watch_input("mlp", index, modules[family.neurons_at])
-            self.watch_input("attention", index, modules[family.heads_at])
-            self.watch_output("attn_ln", index, modules[family.attention_norm])
-            self.watch_output("ffn_ln", index, modules[family.feedforward_norm])
-            self.watch_layer("layer", index, layer)
+            self.before(modules[common.NEURONS_AT], self.add_absolute, f"mlp.{index}")
+            self.before(modules[common.HEADS], self.add_absolute, f"attention.{index}")
+            self.after(modules[family.attention_norm], self.add_absolute, f"attn_ln.{index}")
+            self.after(modules[family.feedforward_norm], self.add_absolute, f"ffn_ln.{index}")
+            for place in (common.ATTENTION_INPUT, common.FEEDFORWARD_INPUT):
+                self.before(modules[place], self.add_energy, f"energy.{place}.{index}")
+            for name, axis in family.norms.items():
+                if axis is not WHOLE:
+                    self.before(modules[name], self.add_norm, f"norm.{name}.{index}")
+            hook = lambda module, args, output, name=f"layer.{index}": self.add_layer(name, args[0], output)  # noqa: E731
+            self.handles.append(layer.register_forward_hook(hook))
+        self.before(model.norm, self.add_norm, f"norm.{common.FINAL_NORM}.0")
+
+    def scratch(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor like x whose memory is used again and again: fresh memory costs more than the arithmetic."""
+        key = (x.shape, dtype or x.dtype, x.device)
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty(x.shape, dtype=key[1], device=x.device)
+        return self.buffers[key]
+
+    def before(self, module, add: Callable, name: str) -> None:
+        self.handles.append(module.register_forward_pre_hook(lambda module, args: add(name, args[0])))
+
+    def after(self, module, add: Callable, name: str) -> None:
+        self.handles.append(module.register_forward_hook(lambda module, args, output: add(name, output)))
+
+    def add_absolute(self, name: str, x: torch.Tensor) -> None:
+        """(mean over T of |x|)² for an activation (B, T, channels)."""
+        absolute = torch.abs(x, out=self.scratch(x))
+        self.sums.add(name, (absolute.sum(1, dtype=torch.float32) / x.shape[1]).square(), self.half)
+
+    def add_energy(self, name: str, x: torch.Tensor) -> None:
+        """Mean over T of x²."""
+        squares = torch.mul(x.float(), x, out=self.scratch(x, torch.float32))
+        self.sums.add(name, squares.sum(1) / x.shape[1], self.half)
+
+    def add_norm(self, name: str, x: torch.Tensor) -> None:
+        """Mean over tokens of x² / (mean over channels of x²): each channel's share in the norm's denominator.
+
+        Relative to its own token: the few tokens of enormous activations that language models have count as one each.
+        """
+        squares = strided(x).float().square()
+        shares = squares / squares.mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        self.sums.add(name, shares.mean(1), self.half)
+
+    def add_layer(self, name: str, x: torch.Tensor, output) -> None:
+        """Block importance: 1 - cosine of input and output, mean over tokens (arXiv 2403.03853 eq. 1)."""
+        y = output[0] if isinstance(output, tuple) else output
+        known = self.last if self.last is not None and self.last[0] is x else (x, norms_of(x))
+        self.last = (y, norms_of(y))
+        norms = (known[1] * self.last[1].to(x.device)).clamp(min=1e-30)
+        products = torch.mul(x.float(), y.to(x.device), out=self.scratch(x, torch.float32))
+        cosine = products.sum(-1) / norms  # (B, T)
+        self.sums.add(name, 1 - cosine.mean(dim=1, keepdim=True), self.half)
+        if not self.stream:
+            self.stream.append(strided(x))
+        self.stream.append(strided(y))
 
     def start_batch(self, half: torch.Tensor) -> None:
-        self.half = half
-        self.counts += half.bincount(minlength=2).cpu()
+        self.half, self.stream, self.last = half, [], None
 
-    def add(self, score: str, index: int, values: torch.Tensor) -> None:
-        """Add values (B, channels) to the sums of a layer."""
-        per_layer = self.sums.setdefault(score, [])
-        if index == len(per_layer):
-            per_layer.append(torch.zeros(2, values.shape[-1], dtype=self.accumulate_in, device=values.device))
-        per_layer[index].index_add_(0, self.half.to(values.device), values.to(self.accumulate_in))
-
-    def add_activation(self, score: str, index: int, activation: torch.Tensor) -> None:
-        """Add (mean over T of |x|)² for an activation x of shape (B, T, channels)."""
-        absolute_sum = torch.linalg.vector_norm(activation, ord=1, dim=1, dtype=torch.float32)
-        self.add(score, index, (absolute_sum / activation.shape[1]).square())
-
-    def watch_input(self, score: str, index: int, module: torch.nn.Module) -> None:
-        hook = lambda module, args: self.add_activation(score, index, args[0])  # noqa: E731
-        self.handles.append(module.register_forward_pre_hook(hook))
-
-    def watch_output(self, score: str, index: int, module: torch.nn.Module) -> None:
-        hook = lambda module, args, output: self.add_activation(score, index, output)  # noqa: E731
-        self.handles.append(module.register_forward_hook(hook))
-
-    def watch_layer(self, score: str, index: int, layer: torch.nn.Module) -> None:
-        """Block importance: 1 − cosine of the layer's input and output, mean over tokens (arXiv 2403.03853 eq. 1)."""
-
-        def hook(module, args, output):
-            output = output[0] if isinstance(output, tuple) else output
-            cosine = torch.nn.functional.cosine_similarity(args[0].float(), output.float(), dim=-1)  # (B, T)
-            self.add(score, index, 1 - cosine.mean(dim=1, keepdim=True))
-
-        self.handles.append(layer.register_forward_hook(hook))
+    def end_batch(self) -> None:
+        """The angular distances between all pairs of layer boundaries (arXiv 2403.17887 eq. 7)."""
+        device = self.stream[0].device
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        stream = torch.stack([state.to(device) for state in self.stream], dim=2).to(exact)  # (B, T', L + 1, H)
+        stream = torch.nn.functional.normalize(stream, dim=-1)
+        distances = torch.arccos((stream @ stream.mT).clamp(-1, 1)) / math.pi  # (B, T', L + 1, L + 1)
+        self.sums.add("angle_last", distances[:, -1].flatten(1), self.half)
+        self.sums.add("angle_mean", distances.mean(1).flatten(1), self.half)
+        self.sums.add("rows", torch.ones(len(self.half), 1, device=device), self.half)
+        self.stream, self.last = [], None
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def scores(self, head_dim: int, halves: tuple[int, ...] = (0, 1)) -> dict:
-        """The score file's keys (DESIGN: mlp, attention, attn_ln, ffn_ln, layer), float32 on CPU, from some halves."""
-        halves = list(halves)
-        sums = {score: torch.stack(per_layer).cpu()[:, halves].sum(1) for score, per_layer in self.sums.items()}
-        heads = sums["attention"].unflatten(1, (-1, head_dim)).sum(-1)  # (L, Q): the L2 norm over head_dim, squared
-        block_importance = sums["layer"].squeeze(1) / self.counts[halves].sum()
-        return {
-            "mlp": sums["mlp"].sqrt().float(),
-            "attention": heads.sqrt().float(),
-            "attn_ln": sums["attn_ln"].sqrt().sum(0).float(),
-            "ffn_ln": sums["ffn_ln"].sqrt().sum(0).float(),
-            "layer": {index: value for index, value in enumerate(block_importance.tolist())},
-        }
+
+def norms_of(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """Every STRIDE-th token of (B, T, channels), counted back from the last."""
+    return x[:, (x.shape[1] - 1) % STRIDE :: STRIDE]
 
 
 @torch.inference_mode()
-def measure(model, family: common.Family, rows: torch.Tensor, batch_size: int) -> ScoreSums:
+def measure(model, family: common.Family, rows: torch.Tensor, half: torch.Tensor, batch_size: int, sums: Sums) -> None:
     """One pass of the base model `model` over calibration rows (num_samples, T)."""
-    sums = ScoreSums(model, family)
-    half = torch.arange(len(rows)) % 2
-    progress = common.Progress(len(rows), "samples", "scoring")
+    hooks = Hooks(model, family, sums)
+
+    def step(batch, batch_half):
+        hooks.start_batch(batch_half.to(model.device))
+        model(input_ids=batch.to(model.device), use_cache=False)
+        hooks.end_batch()
+
     try:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size].to(model.device)
-            sums.start_batch(half[start : start + batch_size].to(model.device))
-            model(input_ids=batch, use_cache=False)
-            progress.update(len(batch))
+        run_stage("scoring", sums, rows, half, batch_size, step)
     finally:
-        progress.close()
-        sums.remove()
-    return sums
+        hooks.remove()
+
+
+def scores_of(sums: dict[str, torch.Tensor], family: common.Family, head_dim: int, halves=(0, 1)) -> dict:
+    """The score file's keys, float32 on CPU, from the sums of some halves of the samples."""
+    halves = list(halves)
+    sums = {name: total[halves].sum(0).cpu() for name, total in sums.items()}
+    samples = sums["rows"].item()
+    num_layers = sum(name.startswith("layer.") for name in sums)
+
+    def stack(name):
+        return torch.stack([sums[f"{name}.{index}"] for index in range(num_layers)])  # (L, channels)
+
+    heads = stack("attention").unflatten(1, (-1, head_dim)).sum(-1)  # (L, Q): the L2 norm over head_dim, squared
+    energy = torch.cat([stack(f"energy.{place}") for place in (common.ATTENTION_INPUT, common.FEEDFORWARD_INPUT)])
+    norms = {name: stack(f"norm.{name}") / samples for name, axis in family.norms.items() if axis is not WHOLE}
+    norms[common.FINAL_NORM] = sums[f"norm.{common.FINAL_NORM}.0"][None] / samples
+    angles = {name: sums[name].view(num_layers + 1, -1) / samples for name in ("angle_last", "angle_mean")}
+    return {
+        "mlp": stack("mlp").sqrt().float(),
+        "attention": heads.sqrt().float(),
+        "attn_ln": stack("attn_ln").sqrt().sum(0).float(),
+        "ffn_ln": stack("ffn_ln").sqrt().sum(0).float(),
+        "hidden": (energy / energy.sum(1, keepdim=True)).sum(0).float(),
+        "layer": dict(enumerate((stack("layer").squeeze(1) / samples).tolist())),
+        "angular_distance": angles["angle_last"].float(),
+        "angular_distance_mean": angles["angle_mean"].float(),
+        "norms": {name: shares.float() for name, shares in norms.items()},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The perplexity without each layer
+
+
+@torch.inference_mode()
+def row_losses(model, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss (B,), float32, of hidden states (B, T, H) after the last layer."""
+    normed, head = model.base_model.norm(hidden), model.get_output_embeddings()
+    total = torch.zeros(len(rows), device=rows.device)
+    step = max(1, LOSS_TOKENS // len(rows))
+    for start in range(0, rows.shape[1] - 1, step):
+        targets = rows[:, start + 1 : start + 1 + step]
+        logits = head(normed[:, start : start + targets.shape[1]]).float()  # (B, t, V)
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten().to(logits.device), reduction="none"
+        )
+        total += losses.view_as(targets).sum(1).to(total.device)
+    return total / (rows.shape[1] - 1)
+
+
+@torch.inference_mode()
+def removal_losses(model, rows: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss (B, 1 + L) of rows (B, T): with every layer, then without each one in turn.
+
+    Everything before the removed layer comes from the one full pass, so that L removals cost about L / 2 passes.
+    """
+    layers, calls = model.base_model.layers, []
+    hook = lambda module, args, kwargs: calls.append((args, kwargs))  # noqa: E731
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
+    handles.append(model.base_model.norm.register_forward_pre_hook(lambda module, args: calls.append((args, {}))))
+    try:
+        model.base_model(input_ids=rows, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    losses = [row_losses(model, calls[-1][0][0], rows)]
+    for removed in range(len(layers)):
+        hidden = calls[removed][0][0]
+        for index in range(removed + 1, len(layers)):
+            args, kwargs = calls[index]
+            output = layers[index](hidden, *args[1:], **kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+        losses.append(row_losses(model, hidden, rows))
+    return torch.stack(losses, dim=1)
+
+
+def measure_perplexity(model, rows: torch.Tensor, half: torch.Tensor, batch_size: int, sums: Sums) -> None:
+    def step(batch, batch_half):
+        losses = removal_losses(model, batch.to(model.device))
+        sums.add("removal", torch.cat([losses, torch.ones_like(losses[:, :1])], dim=1), batch_half)
+
+    run_stage("layer perplexity", sums, rows, half, batch_size, step)
+
+
+def perplexities_of(sums: dict[str, torch.Tensor]) -> dict:
+    """`perplexity` of the model and `layer_perplexity` without each layer."""
+    *losses, count = sums["removal"].sum(0).tolist()
+    perplexity, *removed = (math.exp(min(loss / count, 700)) for loss in losses)
+    return {"perplexity": perplexity, "layer_perplexity": dict(enumerate(removed))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Second moments: what the inputs of every cut linear layer have in common
+
+
+def moment_files(config, checkpoint: common.Checkpoint) -> dict[str, dict[str, int]]:
+    """File name -> matrix -> channels: `layer-3.safetensors` for each layer, `outside.safetensors` for the LM head."""
+    heads = config.num_attention_heads * checkpoint.head_dim
+    widths = {HIDDEN: config.hidden_size, common.NEURONS: config.intermediate_size, common.QUERY: heads}
+    places = {place: widths[checkpoint.family.modules[place][1]] for place in common.PLACES}
+    places |= {f"{place}.output": config.hidden_size for place in checkpoint.family.output_norms}
+    files = {f"layer-{index}.safetensors": places for index in range(config.num_hidden_layers)}
+    return files if config.tie_word_embeddings else files | {OUTSIDE: {common.LM_HEAD: config.hidden_size}}
+
+
+def moment_bytes(places: dict[str, int]) -> int:
+    return sum(4 * channels * (channels + 1) for channels in places.values())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes for second moments beside the model: four fifths of what is free, shared by the processes on a CPU."""
+    if device.type == "cuda":
+        return int(0.8 * torch.cuda.mem_get_info(device)[0])
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes)
+
+
+def plan_passes(files: dict[str, dict[str, int]], budget: int) -> list[dict[str, dict[str, int]]]:
+    """Files in turns, each turn's matrices at most `budget` bytes (but at least one file)."""
+    turns, size = [{}], 0
+    for name, places in files.items():
+        if turns[-1] and size + moment_bytes(places) > budget:
+            turns.append({})
+            size = 0
+        turns[-1][name] = places
+        size += moment_bytes(places)
+    return turns
+
+
+class MomentHooks:
+    """Hooks that add up Σ w x xᵀ and Σ w x over tokens, float32, for the matrices of one file.
+
+    A sub-layer's error counts relative to what the next norm divides by, so tokens are weighted: the residual stream
+    (what attention and MLP read, before the norm in front of them) by 1 / its mean square, the inputs of o_proj and
+    down_proj by 1 / the mean square of that layer's output where a norm follows it, else of the residual stream. The
+    few tokens of enormous activations that language models have would otherwise be all that is fitted.
+    """
+
+    def __init__(self, model, family: common.Family, file: str, matrices: dict[str, int]):
+        self.matrices, self.sums, self.handles = matrices, {}, []
+        if file == OUTSIDE:
+            self.hook(model.norm, self.stream(common.LM_HEAD, relative=True), before=True)
+            return
+        layer = model.layers[int(file.removeprefix("layer-").removesuffix(".safetensors"))]
+        self.stream_weight = None
+        for stream, output in ((common.ATTENTION_INPUT, common.HEADS), (common.FEEDFORWARD_INPUT, common.NEURONS_AT)):
+            norm = family.input_norms.get(stream)
+            self.hook(layer.get_submodule(norm or stream), self.stream(stream, relative=norm is not None), before=True)
+            self.hook(layer.get_submodule(output), self.output(output, normed=output in family.output_norms))
+
+    def hook(self, module, add: Callable, before: bool = False) -> None:
+        if before:
+            self.handles.append(module.register_forward_pre_hook(lambda module, args: add(args[0])))
+        else:
+            self.handles.append(module.register_forward_hook(lambda module, args, output: add(args[0], output)))
+
+    def stream(self, name: str, relative: bool) -> Callable:
+        """`relative`: a norm follows, and what is added is x / rms with weight 1."""
+
+        def add(x: torch.Tensor) -> None:
+            self.stream_weight = weight = weight_of(x)
+            if relative:
+                x, weight = x * weight.sqrt().to(x.dtype)[..., None], torch.ones_like(weight)
+            self.add(name, x, weight)
+
+        return add
+
+    def output(self, name: str, normed: bool) -> Callable:
+        def add(x: torch.Tensor, y: torch.Tensor) -> None:
+            weight = weight_of(y) if normed else self.stream_weight.to(x.device)
+            self.add(name, x, weight)
+            if normed:
+                self.add(f"{name}.output", y, weight)
+
+        return add
+
+    def add(self, name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add tokens x (B, T, channels) with weights (B, T)."""
+        x, weight = x.flatten(0, 1), weight.flatten()
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            self.sums[f"{name}.mean"] = torch.zeros(x.shape[1], device=x.device)
+            self.sums[f"{name}.weight"] = torch.zeros(1, device=x.device)
+        root = x * weight.sqrt().to(x.dtype)[:, None]
+        if x.is_cuda and x.dtype != torch.float32:
+            self.sums[name] += torch.mm(root.T, root, out_dtype=torch.float32)
+        else:
+            self.sums[name].addmm_(root.float().T, root.float())
+        self.sums[f"{name}.mean"] += weight @ x.float()
+        self.sums[f"{name}.weight"] += weight.sum()
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def means(self) -> dict[str, torch.Tensor]:
+        """E[x xᵀ] and E[x] under the weights, over all processes, float32 on CPU."""
+        sums = {name: common.sum_over_processes(total) for name, total in sorted(self.sums.items())}
+        self.sums = {}
+        names = [(name, key) for name in self.matrices for key in (name, f"{name}.mean")]
+        return {key: (sums[key] / sums[f"{name}.weight"]).cpu() for name, key in names}
+
+
+def weight_of(x: torch.Tensor) -> torch.Tensor:
+    """1 / mean square of each token (B, T), float32."""
+    return 1 / x.float().square().mean(-1).clamp(min=1e-20)
+
+
+def write_moments(model, family: common.Family, files: dict, rows: torch.Tensor, batch_size, folder, record) -> None:
+    """Write one safetensors file per entry of `files`: E[x xᵀ] and E[x] at every place (see MomentHooks), float32.
+
+    As many files per pass over `rows` as fit into memory beside the model; files of the same `record` that are
+    complete already are not made again.
+    """
+    missing = {name: matrices for name, matrices in files.items() if common.metadata_of(folder / name) != record}
+    turns = common.from_rank_0(plan_passes(missing, free_memory(model.device)) if missing else [])
+    for number, turn in enumerate(turns, 1):
+        hooks = {name: MomentHooks(model.base_model, family, name, matrices) for name, matrices in turn.items()}
+        progress = common.Progress(len(rows), "samples", f"second moments, pass {number} of {len(turns)}")
+        try:
+            with torch.inference_mode():
+                for batch in rows.split(batch_size):
+                    model.base_model(input_ids=batch.to(model.device), use_cache=False)
+                    progress.update(len(batch))
+        finally:
+            progress.close()
+            for hook in hooks.values():
+                hook.remove()
+        for name, hook in hooks.items():
+            means = hook.means()
+            if common.rank_and_world()[0] == 0:
+                common.replace_file(folder / name, lambda temporary: save_file(means, temporary, record))  # noqa: B023
+
+
+def check_moments_room(files: dict[str, dict[str, int]], folder: Path) -> None:
+    """Print what the second moments take, and refuse where the disk is too small or the folder holds other things."""
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {*files, ROWS}):
+        raise PareError(f"SCORES_PATH = {SCORES_PATH!r}: {folder} is in the way of the second moments; rename it.")
+    needed, free = sum(map(moment_bytes, files.values())), shutil.disk_usage(folder.parent).free
+    print(f"second moments: {needed / 1e9:.1f} GB on disk in {folder}/ ({free / 1e9:.1f} GB are free)")
+    if needed > free:
+        raise PareError(
+            f"SECOND_MOMENTS = True needs {needed / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are "
+            "free. Set SCORES_PATH on a larger disk, or SECOND_MOMENTS = False."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration text
 
 
 def hash_rows(rows: torch.Tensor) -> str:
@@ -165,14 +534,42 @@ def layer_values(scores: dict) -> torch.Tensor:
     return torch.tensor([scores["layer"][index] for index in range(len(scores["layer"]))])
 
 
-def report(scores: dict, halves: list[dict], layer_types: list[str], num_samples: int) -> None:
-    """Print the least important layers, sliding against full attention, and whether the samples were enough."""
-    importance = layer_values(scores)
-    order = importance.argsort().tolist()
-    print("\nLeast important layers (block importance = 1 - cosine of a layer's input and output):")
-    for index in order[: max(3, len(order) // 4)]:
-        print(f"  layer {index:3d}  {importance[index]:.4f}  {layer_types[index]}")
+def neurons_kept_globally(mlp: torch.Tensor, share: float = 0.5) -> list[int]:
+    """How many neurons each layer keeps if the best `share` of all are kept, scores (L, F) relative to their layer."""
+    relative = mlp / mlp.mean(dim=1, keepdim=True).clamp(min=1e-30)
+    keep = relative.flatten().argsort(descending=True)[: round(share * mlp.numel())]
+    return (keep // mlp.shape[1]).bincount(minlength=len(mlp)).tolist()
 
+
+def report_layers(scores: dict, layer_types: list[str]) -> None:
+    """One line a layer: block importance, perplexity without it, angular distance, neurons; and where they agree."""
+    num_layers = len(layer_types)
+    measures = {"block importance": layer_values(scores)}
+    if "layer_perplexity" in scores:
+        measures["perplexity without"] = torch.tensor([scores["layer_perplexity"][i] for i in range(num_layers)])
+    neurons = torch.tensor(neurons_kept_globally(scores["mlp"]))
+    angles = scores["angular_distance"].diagonal(1)
+    weak = torch.stack([value.argsort().argsort() < max(1, num_layers // 3) for value in [*measures.values(), neurons]])
+    rows = [["layer", *measures, "angular distance", "neurons of half", "attention", ""]]
+    for i, layer_type in enumerate(layer_types):
+        values = [f"{value[i]:.4g}" for value in [*measures.values(), angles]]
+        rows.append([i, *values, neurons[i].item(), layer_type.split("_")[0], "weak" if weak[:, i].all() else ""])
+    print("\nLayers (neurons of half: how many a layer keeps of the best half of all neurons;")
+    print(f"weak: in the lowest third by {', '.join(measures)} and neurons at once):")
+    common.print_table(rows)
+    if "perplexity" in scores:
+        print(f"  perplexity with all layers: {scores['perplexity']:.4g}")
+    for count in sorted({1, max(1, num_layers // 8), max(1, num_layers // 4)}):
+        start = common.best_block(scores["angular_distance"], count)
+        if start is not None:
+            distance = scores["angular_distance"][start, start + count]
+            print(f"  least angular distance over {count} layers: from {start} to {start + count - 1} ({distance:.3f})")
+
+
+def report(scores: dict, halves: list[dict], layer_types: list[str], num_samples: int) -> None:
+    """Print the layers, sliding against full attention, and whether the samples were enough."""
+    report_layers(scores, layer_types)
+    importance = layer_values(scores)
     kinds = sorted(set(layer_types))
     if len(kinds) > 1:
         print("\nAttention kinds (mean over their layers):")
@@ -186,7 +583,7 @@ def report(scores: dict, halves: list[dict], layer_types: list[str], num_samples
     correlations = {
         "neurons": rank_correlation(halves[0]["mlp"], halves[1]["mlp"]),
         "heads": rank_correlation(halves[0]["attention"], halves[1]["attention"]),
-        "hidden channels": rank_correlation(*(half["attn_ln"] + half["ffn_ln"] for half in halves)),
+        "hidden channels": rank_correlation(*(half["hidden"] for half in halves)),
         "layers": rank_correlation(*(layer_values(half) for half in halves)),
     }
     print(f"\nRank correlation of the scores between the two halves of the {num_samples} samples:")
@@ -244,16 +641,64 @@ def check_scores_path(path: Path) -> None:
         raise PareError(f"SCORES_PATH = {str(path)!r} cannot be written ({common.first_line(error)}).") from None
 
 
+def fingerprint(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def score(checkpoint, rows: torch.Tensor, meta: dict, scores_path: Path, device, dtype) -> list[dict]:
+    """Run every stage over `rows`; return the scores of all samples and of each half, the same in all processes."""
+    rank, world = common.rank_and_world()
+    family, config = checkpoint.family, checkpoint.config
+    moments, files = scores_path.with_suffix(".moments"), moment_files(config, checkpoint)
+    if SECOND_MOMENTS:
+        check_moments_room(files, moments)
+    model = common.load_model(checkpoint, dtype, device, "MODEL")
+    run = meta | {"rank": rank, "world": world, "batch_size": BATCH_SIZE, "dtype": str(dtype), "device": device.type}
+    partial = scores_path.with_name(f".{scores_path.stem}.partial-{rank}-of-{world}.safetensors")
+    sums = Sums(partial, fingerprint(run | {"depth": LAYER_PERPLEXITY_SAMPLES}), 60 * SAVE_MINUTES)
+    mine, half = rows[rank::world], (torch.arange(len(rows)) % 2)[rank::world]
+
+    measure(model.base_model, family, mine, half, BATCH_SIZE, sums)
+    if LAYER_PERPLEXITY:
+        depth = rows[:LAYER_PERPLEXITY_SAMPLES][rank::world]
+        measure_perplexity(model, depth, half[: len(depth)], BATCH_SIZE, sums)
+    if SECOND_MOMENTS:
+        temporary = moments.with_name(f".{moments.name}.tmp")
+        temporary.mkdir(exist_ok=True)
+        some = rows[:SECOND_MOMENT_SAMPLES][rank::world]
+        record = {"fingerprint": meta["moments"]}
+        write_moments(model, family, files, some, BATCH_SIZE, temporary, record)
+        if rank == 0:
+            tokens = {"rows": rows[:SECOND_MOMENT_SAMPLES].int().contiguous()}
+            common.replace_file(temporary / ROWS, lambda path: save_file(tokens, path, record))
+    sums.reduce()
+    results = [scores_of(sums.sums, family, checkpoint.head_dim, halves) for halves in ((0, 1), (0,), (1,))]
+    if LAYER_PERPLEXITY:
+        results[0] |= perplexities_of(sums.sums)
+    return results
+
+
 def main() -> Path:
-    script = sys.modules[__name__]
-    constants = common.read_constants(script)
-    common.check_positive(constants, "NUM_SAMPLES", "SEQUENCE_LENGTH", "BATCH_SIZE")
-    common.check_not_negative(constants, "SEED")
-    scores_path = common.output_path(SCORES_PATH)
-    check_scores_path(scores_path)
+    with common.processes(DEVICE) as (rank, world):
+        script = sys.modules[__name__]
+        constants = common.read_constants(script)
+        samples = ("NUM_SAMPLES", "LAYER_PERPLEXITY_SAMPLES", "SECOND_MOMENT_SAMPLES")
+        common.check_positive(constants, *samples, "SEQUENCE_LENGTH", "BATCH_SIZE")
+        common.check_not_negative(constants, "SEED", "SAVE_MINUTES")
+        for name in samples:
+            if constants[name] < world:
+                raise PareError(f"{name} = {constants[name]}: each of the {world} processes needs at least one.")
+        scores_path = common.output_path(SCORES_PATH)
+        with common.lock(scores_path, "SCORES_PATH", rank):
+            return analyse(script, scores_path, rank)
+
+
+def analyse(script, scores_path: Path, rank: int) -> Path:
+    """Check everything, score, and write; only the process of rank 0 writes."""
+    if rank == 0:
+        check_scores_path(scores_path)
     device = common.pick_device(DEVICE)
     dtype = common.pick_dtype(DTYPE, device)
-
     checkpoint = common.find_checkpoint(MODEL, REVISION, "MODEL")
     config = checkpoint.config
     common.check_length(checkpoint, SEQUENCE_LENGTH, "MODEL")
@@ -261,34 +706,49 @@ def main() -> Path:
     documents = common.open_text(DATASET, DATASET_CONFIG, DATASET_SPLIT, TEXT_COLUMN, shuffle_seed=SEED)
     what = f"DATASET = {DATASET!r}"
     rows = calibration_rows(documents, tokenizer, NUM_SAMPLES, SEQUENCE_LENGTH, config.vocab_size, what)
+    dataset = {"name": DATASET, "fingerprint": hash_rows(rows)}
+    hashes = {
+        "config_hash": common.hash_config(checkpoint),
+        "weights_hash": common.hash_checkpoint(checkpoint, "MODEL"),
+    }
+    identity = hashes | {"rows": dataset["fingerprint"], "torch": torch.__version__}
+    moments = fingerprint(identity | {"samples": SECOND_MOMENT_SAMPLES}) if SECOND_MOMENTS else None
 
-    model = common.load_model(checkpoint, dtype, device, "MODEL").base_model
     print(f"scoring {MODEL}: {NUM_SAMPLES} x {SEQUENCE_LENGTH} tokens on {device} in {str(dtype)[6:]}")
     try:
-        sums = measure(model, checkpoint.family, rows, BATCH_SIZE)
+        scores, *halves = score(checkpoint, rows, identity | {"moments": moments}, scores_path, device, dtype)
     except torch.OutOfMemoryError:
         advice = f"Set BATCH_SIZE = {BATCH_SIZE // 2}." if BATCH_SIZE > 1 else "Lower SEQUENCE_LENGTH."
         raise PareError(f"BATCH_SIZE = {BATCH_SIZE} does not fit on {device}. {advice}") from None
-    scores = sums.scores(checkpoint.head_dim)
     if not all(math.isfinite(value) for value in scores["layer"].values()):
         raise PareError(f"MODEL = {MODEL!r} gives activations that are not finite in {dtype}; try DTYPE = 'float32'.")
     scores["meta"] = common.run_record(
         script,
         model=MODEL,
         revision=checkpoint.revision,
-        config_hash=common.hash_config(checkpoint),
-        weights_hash=common.hash_checkpoint(checkpoint, "MODEL"),
-        dataset={"name": DATASET, "fingerprint": hash_rows(rows)},
+        **hashes,
+        dataset=dataset,
         num_samples=NUM_SAMPLES,
         num_tokens=rows.numel(),
         seed=SEED,
+        moments=moments,
     )
-    layer_types = common.layer_types_of(config)
-    common.replace_file(scores_path, lambda temporary: torch.save(scores, temporary))
-    plot(scores, layer_types, scores_path.with_suffix(".png"))
-    report(scores, [sums.scores(checkpoint.head_dim, (half,)) for half in (0, 1)], layer_types, NUM_SAMPLES)
-    print(f"\nWrote {scores_path} and {scores_path.with_suffix('.png')}. Next: uv run prune.py")
+    if rank == 0:
+        write(scores, halves, common.layer_types_of(config), scores_path)
     return scores_path
+
+
+def write(scores: dict, halves: list[dict], layer_types: list[str], scores_path: Path) -> None:
+    """Put everything in place, the score file after the moments that it names, and report."""
+    moments = scores_path.with_suffix(".moments")
+    if scores["meta"]["moments"]:
+        common.replace_folder(moments.with_name(f".{moments.name}.tmp"), moments)
+    common.save_scores(scores, scores_path)
+    plot(scores, layer_types, scores_path.with_suffix(".png"))
+    for partial in scores_path.parent.glob(f".{scores_path.stem}.partial-*.safetensors"):
+        partial.unlink()
+    report(scores, halves, layer_types, scores["meta"]["num_samples"])
+    print(f"\nWrote {scores_path} and {scores_path.with_suffix('.png')}. Next: uv run prune.py")
 
 
 if __name__ == "__main__":

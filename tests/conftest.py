@@ -41,6 +41,8 @@ SHAPE = {
     "eos_token_id": 0,
     "pad_token_id": 1,
 }
+GROUPED = {"num_key_value_heads": 2}
+SLIDING, FULL = "sliding_attention", "full_attention"
 CONFIGS = {  # what every test of "each family" runs over
     "olmo3": lambda **more: transformers.Olmo3Config(
         **SHAPE
@@ -48,15 +50,44 @@ CONFIGS = {  # what every test of "each family" runs over
             "num_hidden_layers": 8,
             "sliding_window": 12,
             "rope_parameters": {
-                "full_attention": YARN,
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                FULL: YARN | {"rope_theta": 500000.0},
+                SLIDING: {"rope_type": "default", "rope_theta": 500000.0},
             },
         }
         | more
     ),
     "olmo2": lambda **more: transformers.Olmo2Config(**SHAPE | {"num_hidden_layers": 4} | more),
     "llama": lambda **more: transformers.LlamaConfig(
-        **SHAPE | {"num_hidden_layers": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True} | more
+        **SHAPE | GROUPED | {"num_hidden_layers": 4, "attention_bias": True, "mlp_bias": True} | more
+    ),
+    "mistral": lambda **more: transformers.MistralConfig(
+        **SHAPE | GROUPED | {"num_hidden_layers": 4, "sliding_window": 12} | more
+    ),
+    "qwen2": lambda **more: transformers.Qwen2Config(  # biases on q, k and v; the upper layers slide
+        **SHAPE
+        | GROUPED
+        | {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2}
+        | more
+    ),
+    "qwen3": lambda **more: transformers.Qwen3Config(**SHAPE | GROUPED | {"num_hidden_layers": 4} | more),
+    "gemma3_text": lambda **more: transformers.Gemma3TextConfig(
+        **SHAPE
+        | GROUPED
+        | {
+            "num_hidden_layers": 6,
+            "layer_types": [SLIDING] * 5 + [FULL],
+            "sliding_window": 12,
+            "query_pre_attn_scalar": 8,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000000.0},
+                SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        }
+        | more
+    ),
+    "smollm3": lambda **more: transformers.SmolLM3Config(
+        **SHAPE | GROUPED | {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "tie_word_embeddings": True} | more
     ),
 }
 
@@ -86,7 +117,7 @@ DOCUMENTS = [
 
 
 def random_model(config, seed: int = 0):
-    """A float32 model in which no parameter is trivial: norm weights and biases are random too."""
+    """A float32 model in which no parameter is trivial: norm weights (Gemma's: less 1) and biases are random too."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -98,9 +129,13 @@ def random_model(config, seed: int = 0):
     return model.eval()
 
 
-def save_checkpoint(folder: Path, family: str, seed: int = 0, **more) -> Path:
+def save_checkpoint(folder: Path, family: str, seed: int = 0, edit=None, **more) -> Path:
+    """A random checkpoint of a family with a tokenizer; `edit(model)` may change its weights first."""
     tokenizer = build_tokenizer()
     model = random_model(CONFIGS[family](vocab_size=len(tokenizer), **more), seed)
+    if edit:
+        with torch.no_grad():
+            edit(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -138,14 +173,21 @@ def configure(script, **constants) -> None:
 
 
 def analyse(model: Path, text: str, scores: Path, **more) -> Path:
-    """Run importance_analysis.main() on a few short rows."""
+    """Run importance_analysis.main() on a few short rows, without second moments."""
     constants = {"NUM_SAMPLES": 12, "SEQUENCE_LENGTH": 40, "BATCH_SIZE": 4, "DATASET_CONFIG": None, "DEVICE": "cpu"}
+    constants |= {
+        "LAYER_PERPLEXITY": True,
+        "LAYER_PERPLEXITY_SAMPLES": 4,
+        "SECOND_MOMENTS": False,
+        "SECOND_MOMENT_SAMPLES": 8,
+    }
     constants |= {"MODEL": str(model), "DATASET": text, "SCORES_PATH": str(scores)} | more
     configure(importance_analysis, **constants)
     return importance_analysis.main()
 
 
 KEEP_ALL = {
+    "TARGET_PARAMS": None,
     "HIDDEN_SIZE": None,
     "INTERMEDIATE_SIZE": None,
     "NUM_ATTENTION_HEADS": None,

@@ -1,20 +1,62 @@
 """Scores against the papers' formulas in float64, and what the script promises around them."""
 
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
-from conftest import ROOT, analyse
+from conftest import CONFIGS, DEFAULTS, ROOT, analyse, configure, load
+from safetensors.torch import load_file
 
 import common
 import importance_analysis
 from common import PareError
 
 # Module names written out here on their own, not taken from the family table.
+OLMO = ("post_attention_layernorm", "post_feedforward_layernorm")
+LLAMA = ("input_layernorm", "post_attention_layernorm")
 NORMS = {
-    "olmo3": ("post_attention_layernorm", "post_feedforward_layernorm"),
-    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
-    "llama": ("input_layernorm", "post_attention_layernorm"),
+    "olmo3": OLMO,
+    "olmo2": OLMO,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma3_text": ("input_layernorm", "pre_feedforward_layernorm"),
+    "smollm3": LLAMA,
 }
+GEMMA = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+STATISTICS = {  # the norms over hidden channels, or over the channels of all heads
+    "olmo3": (*OLMO, "self_attn.q_norm", "self_attn.k_norm"),
+    "olmo2": (*OLMO, "self_attn.q_norm", "self_attn.k_norm"),
+    "gemma3_text": GEMMA,
+}
+WIDTHS = ("mlp", "attention", "attn_ln", "ffn_ln", "hidden")
+
+
+def score(model: Path, text: str, path: Path, **more) -> dict:
+    """Run the script, without second moments unless asked for, and read what it wrote."""
+    configure(importance_analysis, **DEFAULTS[importance_analysis])  # a fixture may run before they are put back
+    return torch.load(analyse(model, text, path, **{"SECOND_MOMENTS": False} | more), weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def scored(checkpoints, text, tmp_path_factory):
+    """family -> the scores of 12 rows of 40 tokens, made once."""
+    made = {}
+
+    def of(family: str) -> dict:
+        if family not in made:
+            path = tmp_path_factory.mktemp(family) / "scores.pt"
+            made[family] = score(checkpoints[family], text, path, LAYER_PERPLEXITY_SAMPLES=8)
+        return made[family]
+
+    return of
 
 
 def reference_scores(folder, family: str, rows: torch.Tensor, dtype=torch.float64) -> dict:
@@ -34,20 +76,36 @@ def reference_scores(folder, family: str, rows: torch.Tensor, dtype=torch.float6
         layer.self_attn.o_proj.register_forward_pre_hook(keep_input(("attention", i)))
         getattr(layer, NORMS[family][0]).register_forward_hook(keep_output(("attn_ln", i)))
         getattr(layer, NORMS[family][1]).register_forward_hook(keep_output(("ffn_ln", i)))
+        layer.self_attn.q_proj.register_forward_pre_hook(keep_input(("hidden attention", i)))
+        layer.mlp.gate_proj.register_forward_pre_hook(keep_input(("hidden mlp", i)))
+        for name in STATISTICS.get(family, LLAMA):
+            layer.get_submodule(name).register_forward_pre_hook(keep_input((f"norm {name}", i)))
         layer.register_forward_pre_hook(keep_input(("in", i)))
         layer.register_forward_hook(keep_output(("out", i)))
+    model.model.norm.register_forward_pre_hook(keep_input(("norm model.norm", 0)))
 
-    squares, influence = {}, [0.0] * config.num_hidden_layers
+    squares, influence, shares = {}, [0.0] * config.num_hidden_layers, {}
+    last, mean = 0.0, 0.0
     for row in rows:
         with torch.no_grad():
             model(input_ids=row[None], use_cache=False)
         for key, x in seen.items():
             if key[0] in ("mlp", "attention", "attn_ln", "ffn_ln"):
                 squares[key] = squares.get(key, 0) + x[0].abs().mean(dim=0) ** 2
+            if key[0].startswith("hidden"):
+                squares[key] = squares.get(key, 0) + (x[0] ** 2).mean(dim=0)
+            if key[0].startswith("norm"):  # every 16th token, counted back from the last
+                square = x[0].flip(0)[::16] ** 2
+                share = (square / square.mean(dim=-1, keepdim=True)).mean(dim=0)
+                shares[key] = shares.get(key, 0) + share / len(rows)
         for i in range(config.num_hidden_layers):
             a, b = seen["in", i][0], seen["out", i][0]
             cosine = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
             influence[i] += (1 - cosine.mean().item()) / len(rows)
+        boundaries = [seen["in", i][0] for i in range(config.num_hidden_layers)]
+        boundaries.append(seen["out", config.num_hidden_layers - 1][0])
+        angles = angular_distances(torch.stack([x.flip(0)[::16] for x in boundaries]))  # (T', L + 1, L + 1)
+        last, mean = last + angles[0] / len(rows), mean + angles.mean(0) / len(rows)
     layers = range(config.num_hidden_layers)
     heads = torch.stack([squares["attention", i] for i in layers]).view(len(layers), config.num_attention_heads, -1)
     return {
@@ -55,8 +113,29 @@ def reference_scores(folder, family: str, rows: torch.Tensor, dtype=torch.float6
         "attention": heads.sum(-1).sqrt(),
         "attn_ln": sum(squares["attn_ln", i].sqrt() for i in layers),
         "ffn_ln": sum(squares["ffn_ln", i].sqrt() for i in layers),
+        "hidden": sum(
+            squares[place, i] / squares[place, i].sum() for place in ("hidden attention", "hidden mlp") for i in layers
+        ),
         "layer": influence,
+        "angular_distance": last,
+        "angular_distance_mean": mean,
+        "norms": {
+            name.removeprefix("norm "): torch.stack([shares[name, i] for i in layers if (name, i) in shares])
+            for name in {name for name, _ in shares}
+        },
     }
+
+
+def angular_distances(states: torch.Tensor) -> torch.Tensor:
+    """arXiv 2403.17887 eq. 7 for every pair of states (boundaries, T', H) -> (T', boundaries, boundaries)."""
+    distances = torch.zeros(states.shape[1], len(states), len(states), dtype=torch.float64)
+    for t in range(states.shape[1]):
+        for a in range(len(states)):
+            for b in range(len(states)):
+                x, y = states[a, t], states[b, t]
+                cosine = (x @ y) / (x.norm() * y.norm())
+                distances[t, a, b] = torch.arccos(cosine.clamp(-1, 1)) / math.pi
+    return distances
 
 
 def expected_rows(folder, text: str, num_samples: int, length: int) -> torch.Tensor:
@@ -68,28 +147,72 @@ def expected_rows(folder, text: str, num_samples: int, length: int) -> torch.Ten
     return torch.tensor(stream[: num_samples * length]).view(num_samples, length)
 
 
-@pytest.mark.parametrize("family", ["olmo3", "olmo2", "llama"])
-def test_scores_equal_the_papers_formulas_in_float64(family, checkpoints, text, tmp_path):
-    path = analyse(checkpoints[family], text, tmp_path / "scores.pt")
-    scores = torch.load(path, weights_only=True)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_scores_equal_the_papers_formulas_in_float64(family, checkpoints, text, scored):
+    scores = scored(family)
     expected = reference_scores(checkpoints[family], family, expected_rows(checkpoints[family], text, 12, 40))
-    for key in ("mlp", "attention", "attn_ln", "ffn_ln"):
+    for key in WIDTHS:
         assert scores[key].dtype == torch.float32
         assert scores[key].shape == expected[key].shape
         torch.testing.assert_close(scores[key].double(), expected[key], rtol=1e-5, atol=0)
     assert list(scores["layer"]) == list(range(len(expected["layer"])))
     torch.testing.assert_close(list(scores["layer"].values()), expected["layer"], rtol=1e-5, atol=1e-7)
+    for key in ("angular_distance", "angular_distance_mean"):
+        assert scores[key].dtype == torch.float32
+        torch.testing.assert_close(scores[key].double(), expected[key], rtol=1e-5, atol=1e-7)
+    assert scores["norms"].keys() == expected["norms"].keys()
+    for name, shares in expected["norms"].items():
+        assert scores["norms"][name].dtype == torch.float32
+        torch.testing.assert_close(scores["norms"][name].double(), shares, rtol=1e-5, atol=1e-7)
+        assert scores["norms"][name].mean(dim=1).tolist() == pytest.approx([1] * len(shares), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["olmo3", "llama"])
+def test_layer_perplexity_equals_really_removing_the_layer(family, checkpoints, text, scored):
+    """Each layer replaced by the identity in a float64 model, the whole model run, transformers' own loss."""
+    scores, rows = scored(family), expected_rows(checkpoints[family], text, 8, 40)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoints[family], dtype=torch.float64).eval()
+
+    def perplexity() -> float:
+        with torch.no_grad():
+            return math.exp(model(input_ids=rows, labels=rows, use_cache=False).loss.item())
+
+    assert scores["perplexity"] == pytest.approx(perplexity(), rel=1e-5)
+    assert list(scores["layer_perplexity"]) == list(range(len(model.model.layers)))
+    for index, layer in enumerate(model.model.layers):
+        own = layer.forward
+        layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+        assert scores["layer_perplexity"][index] == pytest.approx(perplexity(), rel=1e-5), index
+        layer.forward = own
+
+
+@pytest.mark.parametrize("family", ["olmo3", "llama"])
+def test_layer_perplexity_costs_half_a_pass_per_layer(family, checkpoints, monkeypatch):
+    model, calls = load(checkpoints[family]), []
+    kind = type(model.model.layers[0])
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: (calls.append(0), forward(*args, **kwargs))[1])
+    losses = importance_analysis.removal_losses(model, torch.randint(2, 250, (3, 20)))
+    num_layers = model.config.num_hidden_layers
+    assert losses.shape == (3, 1 + num_layers)
+    assert len(calls) == num_layers + num_layers * (num_layers - 1) // 2
 
 
 @pytest.mark.parametrize("family", ["olmo3", "llama"])
 def test_batch_size_does_not_change_the_scores(family, checkpoints, text, tmp_path):
     one, eight = (
-        torch.load(analyse(checkpoints[family], text, tmp_path / f"{b}.pt", BATCH_SIZE=b), weights_only=True)
-        for b in (1, 8)
+        score(checkpoints[family], text, tmp_path / f"{size}.pt", BATCH_SIZE=size, LAYER_PERPLEXITY_SAMPLES=10)
+        for size in (1, 8)
     )
-    for key in ("mlp", "attention", "attn_ln", "ffn_ln"):
-        torch.testing.assert_close(one[key], eight[key], rtol=1e-6, atol=0)
-    torch.testing.assert_close(list(one["layer"].values()), list(eight["layer"].values()), rtol=1e-6, atol=1e-8)
+    assert_same_scores(one, eight, rtol=1e-6, atol=1e-8)
+
+
+def assert_same_scores(a: dict, b: dict, **tolerance) -> None:
+    """Every key but `meta` and the hash over it all. Angles near 0 are the arc cosine near 1: float32 leaves 1e-6."""
+    assert a.keys() == b.keys() >= {*WIDTHS, "layer", "angular_distance", "angular_distance_mean", "norms", "meta"}
+    for key in a.keys() - {"meta", "sha256"}:
+        more = {"rtol": 1e-5, "atol": 1e-6} if "angular" in key and tolerance["rtol"] else {}
+        torch.testing.assert_close(a[key], b[key], **tolerance | more, msg=lambda message, key=key: f"{key}: {message}")
 
 
 def test_lm_head_is_never_applied(checkpoints, text, tmp_path, monkeypatch):
@@ -97,11 +220,11 @@ def test_lm_head_is_never_applied(checkpoints, text, tmp_path, monkeypatch):
         raise AssertionError("the LM head was applied")
 
     monkeypatch.setattr(transformers.Olmo3ForCausalLM, "forward", refuse)
-    analyse(checkpoints["olmo3"], text, tmp_path / "scores.pt")
+    score(checkpoints["olmo3"], text, tmp_path / "scores.pt", LAYER_PERPLEXITY=False)
 
 
-def test_meta_says_what_was_scored(checkpoints, text, tmp_path):
-    meta = torch.load(analyse(checkpoints["olmo3"], text, tmp_path / "scores.pt"), weights_only=True)["meta"]
+def test_meta_says_what_was_scored(checkpoints, text, scored):
+    meta = scored("olmo3")["meta"]
     assert meta["model"] == str(checkpoints["olmo3"])
     assert meta["revision"] is None
     assert meta["num_samples"] == 12
@@ -114,12 +237,10 @@ def test_meta_says_what_was_scored(checkpoints, text, tmp_path):
 
 
 def test_report_and_picture(checkpoints, text, tmp_path, capsys):
-    path = analyse(checkpoints["olmo3"], text, tmp_path / "scores.pt")
+    path = tmp_path / "scores.pt"
+    scores = score(checkpoints["olmo3"], text, path, LAYER_PERPLEXITY_SAMPLES=4)
     printed = capsys.readouterr().out
-    scores = torch.load(path, weights_only=True)
-    least = min(scores["layer"], key=scores["layer"].get)
-    section = printed[printed.index("Least important layers") :].splitlines()
-    assert section[1].split()[:2] == ["layer", str(least)]
+    assert f"perplexity with all layers: {scores['perplexity']:.4g}" in printed
     assert "full_attention" in printed
     assert "sliding_attention" in printed
     assert "Rank correlation of the scores between the two halves of the 12 samples" in printed
@@ -136,7 +257,8 @@ def test_rank_correlation_is_spearmans():
 
 
 def test_an_interrupted_run_leaves_the_old_score_file(checkpoints, text, tmp_path, monkeypatch):
-    path = analyse(checkpoints["olmo3"], text, tmp_path / "scores.pt")
+    path = tmp_path / "scores.pt"
+    score(checkpoints["olmo3"], text, path, LAYER_PERPLEXITY=False)
     before = path.read_bytes()
 
     def fail(*args):
@@ -144,25 +266,26 @@ def test_an_interrupted_run_leaves_the_old_score_file(checkpoints, text, tmp_pat
 
     monkeypatch.setattr(importance_analysis, "measure", fail)
     with pytest.raises(KeyboardInterrupt):
-        analyse(checkpoints["olmo3"], text, path)
+        score(checkpoints["olmo3"], text, path)
     assert path.read_bytes() == before
 
 
 def test_a_bfloat16_model_is_scored_in_float32_or_better(checkpoints, text, tmp_path):
     """Against the float64 formulas over the same bfloat16 activations: rounding any part to bfloat16 costs 1e-3."""
-    path = analyse(checkpoints["olmo3"], text, tmp_path / "scores.pt", DTYPE="bfloat16", BATCH_SIZE=1)
-    scores = torch.load(path, weights_only=True)
+    constants = {"DTYPE": "bfloat16", "BATCH_SIZE": 1, "LAYER_PERPLEXITY": False}
+    scores = score(checkpoints["olmo3"], text, tmp_path / "scores.pt", **constants)
     rows = expected_rows(checkpoints["olmo3"], text, 12, 40)
     expected = reference_scores(checkpoints["olmo3"], "olmo3", rows, torch.bfloat16)
-    for key in ("mlp", "attention", "attn_ln", "ffn_ln"):
+    for key in WIDTHS:
         torch.testing.assert_close(scores[key].double(), expected[key], rtol=1e-5, atol=0)
     torch.testing.assert_close(list(scores["layer"].values()), expected["layer"], rtol=1e-5, atol=1e-6)
+    for key in ("angular_distance", "angular_distance_mean"):
+        torch.testing.assert_close(scores[key].double(), expected[key], rtol=1e-5, atol=1e-7)
+    for name, shares in expected["norms"].items():
+        torch.testing.assert_close(scores["norms"][name].double(), shares, rtol=1e-5, atol=1e-7)
 
 
 def test_importing_a_script_does_nothing():
-    import subprocess
-    import sys
-
     scripts = "importance_analysis, prune, distill, demo"
     command = [sys.executable, "-c", f"import {scripts}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -171,7 +294,376 @@ def test_importing_a_script_does_nothing():
 
 def test_scores_that_are_not_finite_are_not_written(checkpoints, text, tmp_path, monkeypatch):
     nan = float("nan")
-    monkeypatch.setattr(importance_analysis.ScoreSums, "scores", lambda *args: {"layer": {0: nan}})
+    monkeypatch.setattr(importance_analysis, "scores_of", lambda *args: {"layer": {0: nan}})
     with pytest.raises(PareError, match="DTYPE"):
-        analyse(checkpoints["olmo3"], text, tmp_path / "scores.pt")
+        score(checkpoints["olmo3"], text, tmp_path / "scores.pt", LAYER_PERPLEXITY=False)
     assert not (tmp_path / "scores.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interruptions
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def partial_of(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.partial-0-of-1.safetensors")
+
+
+def kill_after(saves: int, monkeypatch) -> None:
+    """Let the next run die when its sums have been saved `saves` times."""
+    save, left = importance_analysis.Sums.save_if_due, [saves]
+
+    def save_and_die(sums):
+        save(sums)
+        left[0] -= 1
+        if left[0] == 0:
+            monkeypatch.setattr(importance_analysis.Sums, "save_if_due", save)
+            raise Killed
+
+    monkeypatch.setattr(importance_analysis.Sums, "save_if_due", save_and_die)
+
+
+SHORT = {"NUM_SAMPLES": 6, "BATCH_SIZE": 1, "LAYER_PERPLEXITY_SAMPLES": 2, "SAVE_MINUTES": 0.0}
+
+
+@pytest.fixture(scope="module")
+def short_scores(checkpoints, text, tmp_path_factory) -> dict:
+    return score(checkpoints["llama"], text, tmp_path_factory.mktemp("short") / "scores.pt", **SHORT)
+
+
+@pytest.fixture
+def killed(checkpoints, text, tmp_path, monkeypatch) -> Path:
+    """The score path of a run that died after 4 of its 6 rows."""
+    kill_after(4, monkeypatch)
+    with pytest.raises(Killed):
+        score(checkpoints["llama"], text, tmp_path / "scores.pt", **SHORT)
+    assert partial_of(tmp_path / "scores.pt").exists()
+    return tmp_path / "scores.pt"
+
+
+def test_a_killed_run_continues_in_either_stage(checkpoints, text, killed, short_scores, monkeypatch, capsys):
+    kill_after(3, monkeypatch)  # the last two rows of scoring and the first of the layer perplexity
+    capsys.readouterr()
+    with pytest.raises(Killed):
+        score(checkpoints["llama"], text, killed, **SHORT)
+    assert "continuing after 4 rows of scoring\n" in capsys.readouterr().out
+    scores = score(checkpoints["llama"], text, killed, **SHORT)
+    assert "continuing after 6 rows of scoring, 1 rows of layer perplexity\n" in capsys.readouterr().out
+    assert_same_scores(scores, short_scores, rtol=0, atol=0)
+    assert {path.name for path in killed.parent.iterdir()} == {"scores.pt", "scores.png"}
+
+
+def test_a_damaged_partial_file_is_left_aside(checkpoints, text, killed, short_scores, capsys):
+    partial = partial_of(killed)
+    content = bytearray(partial.read_bytes())
+    content[-100] ^= 1
+    partial.write_bytes(content)
+    scores = score(checkpoints["llama"], text, killed, **SHORT)
+    assert "starting anew" in capsys.readouterr().out
+    assert_same_scores(scores, short_scores, rtol=0, atol=0)
+
+
+def test_no_flipped_byte_of_a_partial_file_is_believed(killed, tmp_path, capsys):
+    """Every byte of the header and some of the rest: the sums are taken up unchanged, or not at all."""
+    content = partial_of(killed).read_bytes()
+    identity = common.metadata_of(partial_of(killed))["identity"]
+    whole = importance_analysis.Sums(partial_of(killed), identity, 0.0)
+    assert whole.done == {"scoring": 4}
+    header, wrong = 8 + int.from_bytes(content[:8], "little"), []
+    path = tmp_path / "damaged.safetensors"
+    for position in [*range(header), *range(header, len(content), 997)]:
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 7
+        path.write_bytes(damaged)
+        try:
+            found = importance_analysis.Sums(path, identity, 0.0)
+            if found.sums or found.done:
+                assert found.done == whole.done
+                torch.testing.assert_close(found.sums, whole.sums, rtol=0, atol=0)
+        except Exception as error:
+            around = bytes(damaged[max(0, position - 15) : position + 15])
+            wrong.append(f"byte {position} of {around}: {type(error).__name__} {common.first_line(error)}")
+    capsys.readouterr()
+    assert not wrong, "\n".join([f"{len(wrong)} flips:", *wrong[:5], *wrong[-5:]])
+
+
+def test_a_partial_file_of_other_constants_is_left_aside(checkpoints, text, killed, capsys):
+    other = SHORT | {"SEQUENCE_LENGTH": 24}
+    scores = score(checkpoints["llama"], text, killed, **other)
+    assert "starting anew" in capsys.readouterr().out
+    assert_same_scores(scores, score(checkpoints["llama"], text, killed.with_name("o.pt"), **other), rtol=0, atol=0)
+
+
+# One process imports torch once; its children are the runs, and die.
+KILLS = """
+import os, random, signal, sys, time
+sys.path.insert(0, {root!r})
+import torch, datasets, matplotlib.figure, matplotlib.backends.backend_agg, pyarrow.json
+import transformers.models.llama.modeling_llama, accelerate
+import common, importance_analysis
+from pathlib import Path
+
+torch.set_num_threads(1)
+folder, constants = Path(sys.argv[1]), sys.argv[2:]
+
+def start(name, log):
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        common.override_constants(importance_analysis, [*constants, f"SCORES_PATH={{folder / name}}"])
+        importance_analysis.main()
+        sys.stdout.flush()
+        os._exit(0)
+    return child
+
+begun = time.monotonic()
+assert os.waitpid(start("whole.pt", folder / "whole.log"), 0)[1] == 0
+seconds = time.monotonic() - begun
+partial = folder / ".killed.partial-0-of-1.safetensors"
+chance, kills, continued, ends = random.Random(0), 0, 0, 0
+while kills < {kills} or not ends:
+    known, ended = partial.exists(), (0, 0)
+    written = partial.stat().st_ctime_ns if known else 0
+    (folder / "killed.log").write_text("")  # a child may be killed before it opens its log
+    child = start("killed.pt", folder / "killed.log")
+    delay = chance.uniform(0, seconds) if kills % 2 else chance.uniform(0, seconds / 4)
+    while kills < {kills} and not kills % 2 and not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if partial.exists() and partial.stat().st_ctime_ns != written:
+            break  # every second kill comes while sums grow, however slow the machine is to get there
+        time.sleep(0.002)
+    else:
+        delay = delay if kills < {kills} else 600
+    until = time.monotonic() + delay
+    while not ended[0] and time.monotonic() < until and not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        time.sleep(0.002)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        kills += 1
+        ended = os.waitpid(child, 0)
+    else:
+        assert ended[1] == 0, (folder / "killed.log").read_text()
+        ends += 1
+        (folder / "killed.pt").rename(folder / f"end-{{ends}}.pt")
+        (folder / "killed.png").unlink()  # without its score file it would be in the way
+        if (folder / "killed.moments").exists():
+            (folder / "killed.moments").rename(folder / f"end-{{ends}}.moments")
+    log = (folder / "killed.log").read_text()
+    assert not known or os.WIFSIGNALED(ended[1]) or "continuing after" in log, log
+    continued += "continuing after" in log
+print(kills, continued, ends)
+"""
+
+
+def test_ten_kills_at_random_moments_change_nothing(checkpoints, text, tmp_path):
+    constants = {"MODEL": checkpoints["llama"], "DATASET": text, "DATASET_CONFIG": None, "DEVICE": "cpu"}
+    constants |= {"NUM_SAMPLES": 32, "SEQUENCE_LENGTH": 24, "BATCH_SIZE": 1, "SAVE_MINUTES": 0.0}
+    constants |= {"LAYER_PERPLEXITY_SAMPLES": 12, "SECOND_MOMENTS": True, "SECOND_MOMENT_SAMPLES": 8}
+    command = [sys.executable, "-c", KILLS.format(root=str(ROOT), kills=10), str(tmp_path)]
+    command += [f"{name}={value}" for name, value in constants.items()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    kills, continued, ends = map(int, result.stdout.split())
+    assert kills == 10
+    assert continued >= 3, "too few of the kills came while sums were growing"
+    whole = torch.load(tmp_path / "whole.pt", weights_only=True)
+    for end in range(1, ends + 1):
+        scores = torch.load(tmp_path / f"end-{end}.pt", weights_only=True)
+        assert_same_scores(scores, whole, rtol=0, atol=0)
+        different = {key for key in whole["meta"] if scores["meta"][key] != whole["meta"][key]}
+        assert different <= {"created", "constants"}  # of the constants SCORES_PATH alone
+        moments = sorted((tmp_path / "whole.moments").iterdir())
+        assert [path.name for path in moments] == sorted(os.listdir(tmp_path / f"end-{end}.moments"))
+        for path in moments:
+            assert path.read_bytes() == (tmp_path / f"end-{end}.moments" / path.name).read_bytes(), path.name
+
+
+def test_a_second_run_on_the_same_score_file_is_refused(checkpoints, text, tmp_path):
+    path = tmp_path / "scores.pt"
+    with common.lock(path, "SCORES_PATH"), pytest.raises(PareError, match="another run"):
+        score(checkpoints["llama"], text, path)
+    assert not path.exists()
+
+
+def test_two_processes_give_the_scores_of_one(checkpoints, text, tmp_path):
+    constants = {"NUM_SAMPLES": 10, "LAYER_PERPLEXITY_SAMPLES": 5, "SECOND_MOMENTS": True, "SECOND_MOMENT_SAMPLES": 6}
+    one = score(checkpoints["llama"], text, tmp_path / "one.pt", **constants)
+    constants |= {"MODEL": checkpoints["llama"], "DATASET": text, "DATASET_CONFIG": None, "DEVICE": "cpu"}
+    constants |= {"SEQUENCE_LENGTH": 40, "BATCH_SIZE": 4, "SCORES_PATH": tmp_path / "two.pt"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines"]
+    launch += ["1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [*launch, str(ROOT / "importance_analysis.py"), *(f"{name}={value}" for name, value in constants.items())]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env=os.environ | {"HF_HOME": str(tmp_path / "hf")}
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert_same_scores(one, two, rtol=1e-6, atol=1e-8)
+    assert result.stdout.count("Wrote ") == 1
+    assert not list(tmp_path.glob(".*")), "partial sums or the lock were left behind"
+    for path in (tmp_path / "one.moments").iterdir():
+        torch.testing.assert_close(
+            load_file(tmp_path / "two.moments" / path.name), load_file(path), rtol=1e-4, atol=1e-6
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Second moments
+
+
+MOMENTS = {"NUM_SAMPLES": 4, "LAYER_PERPLEXITY": False, "SECOND_MOMENTS": True, "SECOND_MOMENT_SAMPLES": 4}
+
+
+@pytest.fixture(scope="module")
+def moments(checkpoints, text, tmp_path_factory) -> Path:
+    """The folder that one pass over llama writes."""
+    path = tmp_path_factory.mktemp("moments") / "scores.pt"
+    assert score(checkpoints["llama"], text, path, **MOMENTS)["meta"]["moments"]
+    return path.with_suffix(".moments")
+
+
+def test_second_moments_are_symmetric_and_positive_semidefinite(moments):
+    files = sorted(path.name for path in moments.iterdir())
+    assert files == [*(f"layer-{index}.safetensors" for index in range(4)), "outside.safetensors", "rows.safetensors"]
+    for file in files[:-1]:
+        tensors = load_file(moments / file)
+        matrices = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 2}
+        assert len(matrices) >= (4 if file.startswith("layer") else 1)
+        for name, matrix in matrices.items():
+            assert matrix.dtype == torch.float32
+            assert matrix.shape[0] == matrix.shape[1]
+            assert torch.equal(matrix, matrix.T), name
+            eigenvalues = torch.linalg.eigvalsh(matrix.double())
+            assert eigenvalues[-1] > 0
+            assert eigenvalues[0] > -1e-5 * eigenvalues[-1], name
+
+
+def test_a_pass_for_each_layer_gives_the_same_second_moments(checkpoints, text, tmp_path, moments, monkeypatch, capsys):
+    monkeypatch.setattr(importance_analysis, "free_memory", lambda device: 1)
+    score(checkpoints["llama"], text, tmp_path / "scores.pt", **MOMENTS)
+    assert "pass 5 of 5" in capsys.readouterr().out
+    for path in moments.iterdir():
+        assert (tmp_path / "scores.moments" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_killed_second_moments_continue(checkpoints, text, tmp_path, moments, monkeypatch):
+    monkeypatch.setattr(importance_analysis, "free_memory", lambda device: 1)
+    replace_file, path = common.replace_file, tmp_path / "scores.pt"
+
+    def die_at_layer_2(target, write):
+        if target.name == "layer-2.safetensors":
+            raise Killed
+        replace_file(target, write)
+
+    monkeypatch.setattr(common, "replace_file", die_at_layer_2)
+    with pytest.raises(Killed):
+        score(checkpoints["llama"], text, path, **MOMENTS)
+    monkeypatch.setattr(common, "replace_file", replace_file)
+    assert not path.exists()
+    done = {file.name: file.stat().st_ino for file in (tmp_path / ".scores.moments.tmp").iterdir()}
+    assert set(done) == {"layer-0.safetensors", "layer-1.safetensors"}
+    score(checkpoints["llama"], text, path, **MOMENTS)
+    for file in moments.iterdir():
+        found = path.with_suffix(".moments") / file.name
+        assert found.read_bytes() == file.read_bytes()
+        assert file.name not in done or done[file.name] == found.stat().st_ino, f"{file.name} was made again"
+
+
+def test_second_moments_of_other_samples_are_not_taken_up(checkpoints, text, tmp_path, moments):
+    folder, path = tmp_path / ".scores.moments.tmp", tmp_path / "scores.pt"
+    shutil.copytree(moments, folder)
+    score(checkpoints["llama"], text, path, **MOMENTS | {"SECOND_MOMENT_SAMPLES": 3})
+    for file in moments.iterdir():
+        assert (path.with_suffix(".moments") / file.name).read_bytes() != file.read_bytes()
+
+
+def test_a_disk_too_small_for_second_moments_is_refused_before_the_model_loads(
+    checkpoints, text, tmp_path, monkeypatch
+):
+    def refuse(*args):
+        raise AssertionError("the model was loaded")
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(common, "load_model", refuse)
+    with pytest.raises(PareError, match="SECOND_MOMENTS"):
+        score(checkpoints["llama"], text, tmp_path / "scores.pt", SECOND_MOMENTS=True)
+
+
+def test_a_folder_of_a_user_is_never_replaced_by_second_moments(checkpoints, text, tmp_path):
+    (tmp_path / "scores.moments").mkdir()
+    (tmp_path / "scores.moments" / "mine.txt").write_text("mine")
+    with pytest.raises(PareError, match="in the way"):
+        score(checkpoints["llama"], text, tmp_path / "scores.pt", SECOND_MOMENTS=True)
+    assert (tmp_path / "scores.moments" / "mine.txt").read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def test_neurons_kept_globally_by_hand():
+    """Relative to their layer's mean (2 and 20): 2, 0.5, 1, 0.5 and 1.5, 1.5, 0.5, 0.5."""
+    mlp = torch.tensor([[4.0, 1.0, 2.0, 1.0], [30.0, 30.0, 10.0, 10.0]])
+    assert importance_analysis.neurons_kept_globally(mlp) == [2, 2]
+    assert importance_analysis.neurons_kept_globally(mlp, share=0.375) == [1, 2]
+    assert importance_analysis.neurons_kept_globally(mlp, share=0.125) == [1, 0]
+
+
+def test_best_block_by_hand():
+    distances = torch.full((7, 7), 0.9)  # 6 layers
+    distances[0, 2] = distances[4, 6] = 0.1  # the first and the last layer are never among them
+    distances[3, 5] = 0.2
+    assert common.best_block(distances, 2) == 3  # layers 3 and 4
+    distances[1, 5] = 0.3
+    assert common.best_block(distances, 4) == 1  # layers 1 to 4
+    assert common.best_block(distances, 5) is None
+
+
+def test_the_report_marks_the_layers_that_every_measure_finds_weak(capsys):
+    """Of six layers the lowest third are two: layer 4 by all three measures, layers 1 and 2 by some of them."""
+    mlp = torch.full((6, 8), 1.0)
+    mlp[:, :4] = 1.2
+    mlp[4] = torch.tensor([8.0, *[0.1] * 7])  # one neuron does all: few of the best half are here
+    mlp[2] = torch.tensor([8.0, 7.0, *[0.1] * 6])
+    importance = {0: 0.5, 1: 0.01, 2: 0.3, 3: 0.4, 4: 0.02, 5: 0.6}
+    scores = {"mlp": mlp, "layer": importance, "angular_distance": torch.full((7, 7), 0.25), "perplexity": 10.0}
+    scores["layer_perplexity"] = {0: 90.0, 1: 10.5, 2: 15.0, 3: 30.0, 4: 11.0, 5: 70.0}
+    kinds = ["sliding_attention"] * 3 + ["full_attention"] + ["sliding_attention"] * 2
+    importance_analysis.report_layers(scores, kinds)
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    assert all(word in printed for word in ("block importance", "perplexity without", "angular distance"))
+    kept = importance_analysis.neurons_kept_globally(mlp)
+    for index, kind in enumerate(kinds):
+        row = next(line for line in lines if line and line[0] == str(index))
+        mark = ["weak"] if index == 4 else []
+        values = [f"{importance[index]:.4g}", f"{scores['layer_perplexity'][index]:.4g}", "0.25", str(kept[index])]
+        assert row == [str(index), *values, kind.split("_")[0], *mark]
+    assert "perplexity with all layers: 10\n" in printed
+    assert "least angular distance over 1 layers: from 1 to 1 (0.250)" in printed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_too_large_for_its_gpu_is_spread(checkpoints, monkeypatch):
+    """As far as a machine without a GPU can tell: the model is dispatched over what there is, and computes the same."""
+    seen, load_it = [], transformers.AutoModelForCausalLM.from_pretrained
+
+    def watch(*args, device_map, **kwargs):
+        seen.append(device_map)
+        return load_it(*args, device_map=device_map if device_map == "auto" else "cpu", **kwargs)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", watch)
+    checkpoint, ids = common.find_checkpoint(str(checkpoints["llama"]), None, "MODEL"), torch.arange(2, 32)[None]
+    logits = []
+    for free in (1000, 10**12):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
+        model = common.load_model(checkpoint, torch.float32, torch.device("cuda:0"), "MODEL")
+        with torch.no_grad():
+            logits.append(model(input_ids=ids.to(model.device)).logits.cpu())
+    assert seen == ["auto", {"": torch.device("cuda:0")}]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)

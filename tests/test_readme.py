@@ -27,7 +27,8 @@ def test_every_constant_has_a_comment():
 
 
 def test_score_keys_are_documented():
-    assert all(f"| `{key}` |" in README for key in common.SCORE_KEYS)
+    more = ("layer", "norms", "angular_distance_mean", "layer_perplexity", "perplexity", "meta")
+    assert all(f"| `{key}` |" in README for key in (*common.SCORE_TENSORS, *more))
 
 
 def test_ci_calls_the_readmes_test_command():
@@ -39,7 +40,7 @@ def test_ci_calls_the_readmes_test_command():
 def test_the_top_level_is_flat():
     allowed = {
         *("README.md", "LICENSE", "pyproject.toml", "uv.lock", "common.py", "demo.py", "distill.py", "prune.py"),
-        *("importance_analysis.py", "tests", "benchmarks", "assets"),
+        *("importance_analysis.py", "refit.py", "tests", "benchmarks", "assets"),
     }
     import subprocess
 

@@ -1,0 +1,371 @@
+"""What prune.py does with second moments: put right, by least squares, what slicing disturbs.
+
+Not a script of its own. Everything here is linear algebra on E[x xᵀ] of the inputs that are cut, float64, one place at
+a time; only `refit_in_sequence` runs the models, one decoder layer at a time.
+
+Shapes: H hidden, H' kept, F intermediate, S kept and R removed inputs of a linear layer.
+"""
+
+import math
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+import common
+from common import PareError, Source
+
+RIDGE = 1e-3  # relative to the mean second moment of the kept inputs
+RIDGE_IN_SEQUENCE = 1e-2  # there it holds to the first fit: fewer tokens would otherwise be fitted too closely
+GREEDY_STEP = 16  # neurons removed between two updates
+TOKENS_AT_ONCE = 4096  # in a batch of the refit in sequence
+
+
+class Moments:
+    """The second moments that importance_analysis.py left beside the score file."""
+
+    def __init__(self, folder: Path, identity: str):
+        self.folder, self.identity = folder, identity
+        self.source: dict[str, Source] = {}
+
+    def read(self, layer: int | None, place: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """E[x xᵀ] (channels, channels) and E[x] (channels), float32, of a layer's place or of the LM head's input."""
+        file = "outside.safetensors" if layer is None else f"layer-{layer}.safetensors"
+        if file not in self.source:
+            self.source = {file: Source(self.folder, self.infos(file))}  # one file open at a time
+        moments, mean = self.source[file].whole(place), self.source[file].whole(f"{place}.mean")
+        if not (moments.sum() + mean.sum()).isfinite():
+            raise self.damaged(self.folder / file)
+        return moments, mean
+
+    def rows(self) -> torch.Tensor:
+        """The calibration rows (samples, T), int64."""
+        path = self.folder / "rows.safetensors"
+        info = self.infos(path.name)["rows"]
+        data = np.fromfile(path, dtype="<i4", offset=info.start)
+        return torch.from_numpy(data.astype(np.int64)).view(info.shape)
+
+    def infos(self, file: str) -> dict:
+        path = self.folder / file
+        try:
+            if (common.metadata_of(path) or {}).get("fingerprint") == self.identity:
+                return common.read_header(path)
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise self.damaged(path)
+
+    def damaged(self, path: Path) -> PareError:
+        return PareError(
+            f"SCORES_PATH: the second moments in {path} are missing, damaged or of another run.\n"
+            "Run importance_analysis.py again, or set REFIT = False."
+        )
+
+
+def solve_ridge(gram: torch.Tensor, right: torch.Tensor, ridge: float) -> torch.Tensor:
+    """right @ (gram + λ mean(diag gram) I)⁻¹ for a symmetric gram, float64."""
+    gram = gram + ridge * gram.diagonal().mean().clamp(min=1e-30) * torch.eye(len(gram)).to(gram)
+    return torch.cholesky_solve(right.T, torch.linalg.cholesky(gram)).T
+
+
+def refit_matrix(moments: torch.Tensor, kept: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
+    """B (R, S), float64: each removed input predicted from the kept ones, so that W_S + W_R B is the linear layer.
+
+    The least-squares solution W' of E|W x - W' x_S|² with a ridge toward the sliced weights W_S: with G = E[x xᵀ],
+    W' = W_S + (W G[:,S] - W_S G[S,S]) (G[S,S] + λ mean(diag G[S,S]) I)⁻¹, and the bracket is W_R G[R,S].
+    """
+    rows = moments[:, kept].double()
+    return solve_ridge(rows[kept], rows[removed], RIDGE)
+
+
+def rotated_matrix(moments: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """M (H, H'), float64: the least-squares reading of x from P x, with a ridge toward Pᵀ, the reading without any
+    knowledge of what was removed."""
+    moments = moments.double()
+    across = moments @ basis.T
+    return basis.T + solve_ridge(basis @ across, across - basis.T @ (basis @ across), RIDGE)
+
+
+def principal_directions(moments: Moments, layers: list[int], size: int, device: torch.device) -> torch.Tensor:
+    """P (size, H), float64, orthonormal rows: the directions of most energy in what attention and MLP read, each block
+    counting the same (cf. SliceGPT, arXiv 2401.15024, which rotates every block on its own)."""
+    total = 0
+    for layer in layers:
+        for place in (common.ATTENTION_INPUT, common.FEEDFORWARD_INPUT):
+            block = moments.read(layer, place)[0].to(device).double()
+            total = total + block / block.trace()
+    return torch.linalg.eigh(total).eigenvectors[:, -size:].T.flip(0).contiguous()
+
+
+def greedy_neurons(moments: torch.Tensor, weights: torch.Tensor, keep: int) -> torch.Tensor:
+    """The neurons (keep,) that the refit can restore least, ascending: optimal brain surgeon on the columns of W.
+
+    moments (F, F) of the neurons, weights (H, F) that read them. Removing neuron j costs |W_j|² / [G⁻¹]_jj; the
+    cheapest goes, W takes up what the others can say of it, G⁻¹ forgets it, and so on. All of W and G⁻¹ are brought
+    up to date every GREEDY_STEP neurons, those about to go at once.
+    """
+    weights, count = weights.double(), len(moments)
+    ridge = RIDGE * moments.diagonal().double().mean().clamp(min=1e-30) * torch.eye(count).to(weights)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments.double() + ridge))
+    left = torch.arange(count, device=weights.device)
+    while len(left) > keep:
+        order = (weights.square().sum(0) / inverse.diagonal()).argsort()
+        candidates, chosen = order[: 4 * GREEDY_STEP], []
+        block, columns = inverse[candidates][:, candidates], weights[:, candidates]
+        for _ in range(min(GREEDY_STEP, len(left) - keep)):  # one by one: of two that are alike, only one can go
+            costs = columns.square().sum(0) / block.diagonal()
+            costs[chosen] = math.inf
+            chosen.append(costs.argmin().item())
+            ratio = block[chosen[-1]] / block[chosen[-1], chosen[-1]]
+            columns = columns - columns[:, chosen[-1:]] * ratio
+            block = block - block[:, chosen[-1:]] * ratio
+            block[chosen[-1], chosen[-1]] = 1.0
+        gone = candidates[chosen]
+        stay = (
+            torch.ones(len(left), dtype=torch.bool, device=left.device).index_fill_(0, gone, False).nonzero().flatten()
+        )
+        update = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])  # (gone, stay)
+        weights = weights[:, stay] - weights[:, gone] @ update
+        inverse = inverse[stay][:, stay] - inverse[stay][:, gone] @ update
+        left = left[stay]
+    return left.cpu()
+
+
+class Refit:
+    """Solves for one place at a time; the linear layers that read the same input share the solution.
+
+    `basis` P (H', H), float64, has the kept directions of the residual stream as rows, None where single channels are
+    kept.
+    """
+
+    def __init__(self, moments: Moments, source: Source, device: torch.device, basis: torch.Tensor | None):
+        self.moments, self.source, self.device = moments, source, device
+        self.basis = None if basis is None else basis.to(device)
+        self.lock, self.known = threading.Lock(), {}
+
+    def solution(self, tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(R, S) B and (R, 1) shift: weights become W_S + W_R B, biases grow by W_R shift. For a rotated input
+        (H, H') M and (H, 1) shift: weights become W M, biases grow by W shift."""
+        key = (tensor.layer, tensor.place, tensor.biased)
+        with self.lock:
+            if key not in self.known:
+                self.known = {key: self.solve(tensor)}
+            return self.known[key]
+
+    def solve(self, tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        moments, mean = (x.to(self.device) for x in self.moments.read(tensor.layer, tensor.place))
+        scale = torch.ones_like(mean)
+        if tensor.input_norm:  # the layer reads weight x (what the moments are of)
+            scale = (self.source.whole(tensor.input_norm).to(mean) + tensor.offset).to(mean)
+        if tensor.biased:  # the bias takes up the means, so the weights see deviations from them
+            moments = moments - mean[:, None] * mean
+        if tensor.rotated:
+            matrix = rotated_matrix(moments, self.basis)
+            shift = mean.double() - matrix @ (self.basis @ mean.double())
+            return scale[:, None] * matrix, (scale * shift)[:, None]
+        moments, mean = moments * scale[:, None] * scale, mean * scale
+        kept, removed = tensor.columns.to(self.device), tensor.removed.to(self.device)
+        matrix = refit_matrix(moments, kept, removed)
+        return matrix, (mean[removed].double() - matrix @ mean[kept].double())[:, None]
+
+    def norm_value(self, tensor) -> float:
+        """The one weight of a norm over rotated channels: rms of what it now sees / rms of what it saw."""
+        moments = self.moments.read(tensor.layer, tensor.place)[0].to(self.device).double()
+        seen = self.basis * tensor.mixed.to(self.device) if tensor.mixed is not None else self.basis
+        energy = ((seen @ moments) * seen).sum() / len(seen)
+        return math.sqrt((energy / moments.diagonal().mean()).item())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In sequence: on the student's own activations
+
+
+class LayerByLayer:
+    """A checkpoint's decoder layers on calibration rows, one layer in memory at a time, float32.
+
+    `hidden` holds the residual stream of every batch at the point reached so far, in the checkpoint's dtype.
+    """
+
+    def __init__(self, folder: Path, batches: list[torch.Tensor], device: torch.device):
+        self.checkpoint = common.find_checkpoint(str(folder), None, "MODEL")
+        self.source = Source(self.checkpoint.folder, common.tensor_infos(self.checkpoint, "MODEL"))
+        self.device, config = device, self.checkpoint.config
+        with torch.device("meta"):
+            self.model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa"
+            ).eval()
+        self.base = self.model.base_model
+        with device:
+            self.base.rotary_emb = type(self.base.rotary_emb)(config=config)
+        scale = math.sqrt(config.hidden_size) if self.checkpoint.family.scaled_embedding else 1.0
+        embed = lambda ids: self.source.rows(f"{common.EMBEDDING}.weight", ids.flatten()).float() * scale  # noqa: E731
+        self.kept_in = common.TORCH_DTYPES[self.source.infos[f"{common.EMBEDDING}.weight"].dtype]
+        self.hidden = [embed(ids).view(*ids.shape, -1).to(device, self.kept_in) for ids in batches]
+        self.calls = {len(hidden): self.layer_calls(hidden.float()) for hidden in self.hidden}
+
+    def layer_calls(self, hidden: torch.Tensor) -> list[dict]:
+        """What the model hands to each of its layers beside the hidden states, for a batch of this size."""
+        calls = []
+
+        def record(hidden_states, *args, **kwargs):
+            calls.append(kwargs)
+            return hidden_states
+
+        norm, self.base.norm = self.base.norm, torch.nn.Identity()
+        for layer in self.base.layers:
+            layer.forward = record
+        self.base(inputs_embeds=hidden, use_cache=False)
+        for layer in self.base.layers:
+            del layer.forward
+        self.base.norm = norm
+        return calls
+
+    def fill(self, module: torch.nn.Module, prefix: str) -> None:
+        names = [name for name in self.source.infos if name.startswith(prefix)]
+        state = {name.removeprefix(prefix): self.source.whole(name).float().to(self.device) for name in names}
+        module.load_state_dict(state, assign=True)
+
+    def run(self, index: int, batch: int) -> torch.Tensor:
+        hidden = self.hidden[batch].float()
+        output = self.base.layers[index](hidden, **self.calls[len(hidden)][index])
+        return output[0] if isinstance(output, tuple) else output
+
+    def step(self, index: int) -> None:
+        """Take every batch through a layer, and let the layer go."""
+        for batch in range(len(self.hidden)):
+            self.hidden[batch] = self.run(index, batch).to(self.kept_in)
+        self.base.layers[index].to("meta")
+
+    def write(self, name: str, weight: torch.Tensor, first_row: int = 0) -> None:
+        """Put rows of a tensor in place of those in the file."""
+        info = self.source.infos[name]
+        data = weight.cpu().to(common.TORCH_DTYPES[info.dtype]).contiguous()
+        start = info.start + first_row * math.prod(info.shape[1:]) * common.DTYPE_BYTES[info.dtype]
+        with (self.source.folder / info.file).open("r+b") as file:
+            file.seek(start)
+            file.write(data.view(torch.uint8).numpy())
+
+
+class CrossMoments:
+    """Weighted moments over tokens of the student's inputs y with themselves and with the teacher's inputs x."""
+
+    def __init__(self):
+        self.sums: list[torch.Tensor] = []
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
+        """Inputs (B, T, channels) of both and weights (B, T)."""
+        x, y, weight = x.flatten(0, 1), y.flatten(0, 1), weight.flatten()
+        weighted = y * weight[:, None]
+        new = [part.double() for part in (x.T @ weighted, y.T @ weighted, weight @ x, weight @ y, weight.sum())]
+        self.sums = [old + more for old, more in zip(self.sums or [0] * len(new), new, strict=True)]
+
+    def fit(self, wanted: torch.Tensor, weight: torch.Tensor, biased: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight W' (rows, S) whose W' y + b' is nearest to wanted @ x, with a ridge toward `weight`; and b'."""
+        across, gram, mean_x, mean_y, total = self.sums
+        across, gram, mean_x, mean_y = (part / total for part in (across, gram, mean_x, mean_y))
+        if biased:
+            across, gram = across - mean_x[:, None] * mean_y, gram - mean_y[:, None] * mean_y
+        wanted, weight = wanted.double(), weight.double()
+        new = weight + solve_ridge(gram, wanted @ across - weight @ gram, RIDGE_IN_SEQUENCE)
+        return new, wanted @ mean_x - new @ mean_y
+
+
+class Reached(Exception):
+    """Ends a forward pass where nothing further is wanted."""
+
+
+def inputs_at(side: LayerByLayer, index: int, batch: int, place: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input (B, T, channels) and output of the first linear layer at a place; the layer runs only that far."""
+    seen = []
+
+    def stop(module, args, output):
+        seen.extend((args[0], output))
+        raise Reached
+
+    handle = side.base.layers[index].get_submodule(place).register_forward_hook(stop)
+    try:
+        side.run(index, batch)
+    except Reached:
+        pass
+    finally:
+        handle.remove()
+    return tuple(seen)
+
+
+def place_moments(teacher: LayerByLayer, student: LayerByLayer, index: int, new: int, place: str) -> CrossMoments:
+    """Both layers on every batch; tokens weighted as importance_analysis.py weights them."""
+    moments = CrossMoments()
+    normed = place in teacher.checkpoint.family.output_norms
+    for batch in range(len(teacher.hidden)):
+        x, output = inputs_at(teacher, index, batch, place)
+        y, _ = inputs_at(student, new, batch, place)
+        size = (output if normed else teacher.hidden[batch]).float().square().mean(-1)
+        moments.add(x, y, 1 / size.clamp(min=1e-20))
+    return moments
+
+
+def student_rows(tensor, weight: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
+    """What the student's rows are of the teacher's weight (rows, columns): chosen, averaged, or rotated."""
+    if tensor.mixed is not None:
+        return basis @ (tensor.mixed.to(weight.device)[:, None] * weight.double())
+    return weight[tensor.rows.flatten().to(weight.device)].double().unflatten(0, tensor.rows.shape).mean(1)
+
+
+@torch.inference_mode()
+def refit_in_sequence(
+    teacher_folder: Path, student_folder: Path, planned: list, basis: torch.Tensor | None, rows: torch.Tensor, device
+) -> None:
+    """Refit the linear layers of the student in `student_folder` once more, in place, from the first to the last.
+
+    Each is fitted to the teacher's outputs from the inputs that the student really gets, the errors of all layers
+    before it included. rows (samples, T) are calibration text.
+    """
+    batches = list(rows.split(max(1, TOKENS_AT_ONCE // rows.shape[1])))
+    teacher, student = (LayerByLayer(folder, batches, device) for folder in (teacher_folder, student_folder))
+    plan = {tensor.name: tensor for tensor in planned}
+    kept = sorted({tensor.layer for tensor in planned if tensor.layer is not None})
+    basis = None if basis is None else basis.to(device)
+    progress = common.Progress(len(teacher.base.layers), "layers", "refitting in sequence")
+    for index in range(len(teacher.base.layers)):
+        teacher.fill(teacher.base.layers[index], f"model.layers.{index}.")
+        if index in kept:
+            new = kept.index(index)
+            student.fill(student.base.layers[new], f"model.layers.{new}.")
+            for place in common.PLACES:
+                refit_place(teacher, student, index, new, place, plan, basis)
+            student.step(new)
+        teacher.step(index)
+        progress.update(1)
+    progress.close()
+    if f"{common.LM_HEAD}.weight" in plan:
+        refit_head(teacher, student)
+
+
+def refit_place(teacher, student, index: int, new: int, place: str, plan: dict, basis: torch.Tensor | None) -> None:
+    moments = place_moments(teacher, student, index, new, place)
+    for linear in common.PLACES[place]:
+        old, now = (side.base.layers[i].get_submodule(linear) for side, i in ((teacher, index), (student, new)))
+        name = f"model.layers.{new}.{linear}"
+        tensor, biased = plan[f"{name}.weight"], old.bias is not None
+        weight, shift = moments.fit(student_rows(tensor, old.weight, basis), now.weight, biased)
+        now.weight.copy_(weight)
+        student.write(f"{name}.weight", now.weight)
+        if biased:
+            now.bias.copy_(student_rows(tensor, old.bias[:, None], basis).squeeze(1) + shift)
+            student.write(f"{name}.bias", now.bias)
+
+
+def refit_head(teacher: LayerByLayer, student: LayerByLayer) -> None:
+    """The LM head, a few thousand rows at a time."""
+    moments = CrossMoments()
+    for side in (teacher, student):
+        side.fill(side.base.norm, f"{common.FINAL_NORM}.")
+    for x, y in zip(teacher.hidden, student.hidden, strict=True):
+        moments.add(
+            teacher.base.norm(x.float()), student.base.norm(y.float()), torch.ones(x.shape[:2], device=x.device)
+        )
+    name = f"{common.LM_HEAD}.weight"
+    for index in torch.arange(teacher.source.infos[name].shape[0]).split(4096):
+        wanted, weight = (side.source.rows(name, index).float().to(side.device) for side in (teacher, student))
+        student.write(name, moments.fit(wanted, weight, False)[0], index[0].item())

@@ -1,0 +1,137 @@
+"""Least squares against its definition, and teachers from which nothing is lost."""
+
+import json
+
+import pytest
+import torch
+from conftest import analyse, cut, load, logits_of, save_checkpoint, some_ids
+
+import refit
+
+MOMENTS = {"SECOND_MOMENTS": True, "SECOND_MOMENT_SAMPLES": 12, "NUM_SAMPLES": 12}
+
+
+def correlated(samples: int, channels: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, channels, generator=generator, dtype=torch.float64)
+    return x @ torch.randn(channels, channels, generator=generator, dtype=torch.float64)
+
+
+def test_refit_is_the_ridge_solution_of_the_reference():
+    x, weight = correlated(500, 12), correlated(7, 12, seed=1)
+    gram = x.T @ x / len(x)
+    kept, removed = torch.tensor([0, 2, 3, 7, 8, 11]), torch.tensor([1, 4, 5, 6, 9, 10])
+    among = gram[kept][:, kept]
+    ridge = refit.RIDGE * among.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+    numerator = weight @ gram[:, kept] - weight[:, kept] @ among
+    expected = weight[:, kept] + numerator @ torch.linalg.inv(among + ridge)
+    actual = weight[:, kept] + weight[:, removed] @ refit.refit_matrix(gram, kept, removed)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_without_a_ridge_no_other_weights_come_nearer(monkeypatch):
+    monkeypatch.setattr(refit, "RIDGE", 0.0)
+    x, weight = correlated(500, 12), correlated(7, 12, seed=1)
+    kept, removed = torch.arange(0, 12, 2), torch.arange(1, 12, 2)
+    matrix = refit.refit_matrix(x.T @ x, kept, removed)
+    actual = weight[:, kept] + weight[:, removed] @ matrix
+    expected = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution.T
+    torch.testing.assert_close(actual, expected)
+
+
+def test_reading_from_all_directions_is_the_rotation_itself():
+    x = correlated(500, 12)
+    basis = torch.linalg.qr(correlated(12, 12, seed=2))[0]
+    torch.testing.assert_close(refit.rotated_matrix(x.T @ x, basis), basis.T)
+
+
+def test_greedy_removal_is_the_greedy_removal_by_least_squares(monkeypatch):
+    """One neuron at a time, against solving the whole problem again for every candidate."""
+    monkeypatch.setattr(refit, "GREEDY_STEP", 1)
+    x, weight = correlated(300, 10), correlated(6, 10, seed=3)
+    gram = x.T @ x / len(x)
+    ridged = gram + refit.RIDGE * gram.diagonal().mean() * torch.eye(10, dtype=torch.float64)
+
+    def error(kept: list[int]) -> float:
+        solution = torch.linalg.solve(ridged[kept][:, kept], ridged[kept] @ weight.T)
+        return (torch.trace(weight @ ridged @ weight.T) - torch.trace(solution.T @ ridged[kept] @ weight.T)).item()
+
+    left = list(range(10))
+    while len(left) > 4:
+        left.remove(min(left, key=lambda neuron: error([other for other in left if other != neuron])))
+    assert refit.greedy_neurons(gram, weight, 4).tolist() == left
+
+
+def copy_neurons(model) -> None:
+    """The second half of the neurons of every layer are copies of the first."""
+    for layer in model.model.layers:
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            for parameter in linear.parameters():
+                half = len(parameter) // 2
+                parameter.data[half:] = parameter.data[:half]
+
+
+@pytest.mark.parametrize("samples", [0, 12])
+@pytest.mark.parametrize("family", ["llama", "olmo3", "gemma3_text", "qwen2"])
+def test_neurons_that_are_copies_of_others_are_no_loss(family, samples, text, tmp_path, monkeypatch):
+    """Sliced, half of the output is gone; refitted, the copies left say it all. Once, and in sequence."""
+    monkeypatch.setattr(refit, "RIDGE", 1e-7)
+    source = save_checkpoint(tmp_path / "model", family, edit=copy_neurons)
+    scores = analyse(source, text, tmp_path / "scores.pt", **MOMENTS)
+    sizes = {"INTERMEDIATE_SIZE": 32, "REFIT_SAMPLES": samples}
+    folder = cut(source, scores, tmp_path / "refitted", REFIT=True, **sizes)
+    sliced = cut(source, scores, tmp_path / "sliced", REFIT=False, **sizes)
+    kept = json.loads((folder / "pare.json").read_text())["kept"]["neurons"]
+    assert all(sorted(neuron % 32 for neuron in neurons) == list(range(32)) for neurons in kept)
+    ids = some_ids(300)
+    expected = logits_of(load(source), ids)
+    torch.testing.assert_close(logits_of(load(folder), ids), expected, rtol=5e-3, atol=5e-3)
+    assert (logits_of(load(sliced), ids) - expected).abs().max() > 0.1
+
+
+def in_a_plane(model) -> None:
+    """The residual stream of a pre-norm model stays in 36 of 48 dimensions, none of them a channel."""
+    basis = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(4)))[0][:36]
+    project = basis.T @ basis
+    model.model.embed_tokens.weight.data @= project
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.weight.data = project @ linear.weight.data
+            if linear.bias is not None:
+                linear.bias.data = project @ linear.bias.data
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_directions_that_are_never_used_are_no_loss(family, text, tmp_path):
+    source = save_checkpoint(tmp_path / "model", family, edit=in_a_plane)
+    scores = analyse(source, text, tmp_path / "scores.pt", **MOMENTS)
+    rotated = cut(source, scores, tmp_path / "rotated", HIDDEN_SIZE=36, REFIT_SAMPLES=0)
+    channels = cut(source, scores, tmp_path / "channels", HIDDEN_SIZE=36, REFIT_SAMPLES=0, ROTATE=False)
+    ids = some_ids(300)
+    expected = logits_of(load(source), ids)
+    torch.testing.assert_close(logits_of(load(rotated), ids), expected, rtol=1e-2, atol=1e-2)
+    assert (logits_of(load(channels), ids) - expected).abs().max() > 0.1
+    assert json.loads((rotated / "pare.json").read_text())["kept"]["hidden"] is None
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo3", "smollm3", "gemma3_text"])
+def test_in_sequence_a_student_that_lost_nothing_stays_as_it_is(family, text, tmp_path):
+    source = save_checkpoint(tmp_path / "model", family)
+    scores = analyse(source, text, tmp_path / "scores.pt", **MOMENTS)
+    folder = cut(source, scores, tmp_path / "out", REFIT=True, REFIT_SAMPLES=12)
+    ids = some_ids(300)
+    expected = logits_of(load(source), ids)
+    torch.testing.assert_close(logits_of(load(folder), ids), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["olmo3", "llama", "qwen3", "gemma3_text"])
+def test_refitted_on_every_axis_it_loads_strictly_and_runs(family, text, tmp_path):
+    source = save_checkpoint(tmp_path / "model", family)
+    scores = analyse(source, text, tmp_path / "scores.pt", **MOMENTS)
+    sizes = {"HIDDEN_SIZE": 36, "INTERMEDIATE_SIZE": 40, "NUM_ATTENTION_HEADS": 4, "NUM_HIDDEN_LAYERS": 3}
+    ids = some_ids(300)
+    for samples in (0, 12):
+        more = {"REFIT_SAMPLES": samples, "PROTECT_FULL_ATTENTION": False, "LAYER_METRIC": "block_importance"}
+        student = load(cut(source, scores, tmp_path / str(samples), **sizes | more))
+        assert logits_of(student, ids).isfinite().all()
+    assert not list(tmp_path.glob(".*"))  # no lock, no temporary folder
