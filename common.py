@@ -766,9 +766,8 @@ def read_column(rows: Iterable[dict], column: str, what: str) -> Iterator[str]:
 
 def open_splits(dataset: str, config: str | None, constant: str) -> dict:
     """The splits of a dataset by name, each an iterable of rows. Local files are one split, `train`."""
-    from datasets.exceptions import DatasetsError
-
     import datasets
+    from datasets.exceptions import DatasetsError
 
     what = f"{constant} = {dataset!r}"
     path = Path(dataset).expanduser()
