@@ -988,7 +988,9 @@ def main() -> Path:
     print(f"pruning {MODEL} from {old} to {new} parameters into {output}/: {', '.join(corrections)}", flush=True)
 
     with common.lock(output, "OUTPUT_DIR"), common.new_folder(output, "prune.py") as folder:
-        basis = principal_directions(moments, keep.layers, student.hidden_size, device) if rotate else None
+        size, basis = student.hidden_size, None
+        if rotate:
+            basis = principal_directions(moments, source, family, keep.layers, size, device)
         refit = Refit(moments, source, device, basis) if moments else None
         files = write_weights(folder, planned, source, refit)
         common.copy_companions(checkpoint.folder, folder)

@@ -6,8 +6,10 @@ a time; only `refit_in_sequence` runs the models, one decoder layer at a time.
 Shapes: H hidden, H' kept, F intermediate, S kept and R removed inputs of a linear layer.
 """
 
+import itertools
 import math
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +30,12 @@ class Moments:
 
     def __init__(self, folder: Path, identity: str):
         self.folder, self.identity = folder, identity
-        self.source: dict[str, Source] = {}
 
     def read(self, layer: int | None, place: str) -> tuple[torch.Tensor, torch.Tensor]:
         """E[x xᵀ] (channels, channels) and E[x] (channels), float32, of a layer's place or of the LM head's input."""
         file = "outside.safetensors" if layer is None else f"layer-{layer}.safetensors"
-        if file not in self.source:
-            self.source = {file: Source(self.folder, self.infos(file))}  # one file open at a time
-        moments, mean = self.source[file].whole(place), self.source[file].whole(f"{place}.mean")
+        with closing(Source(self.folder, self.infos(file))) as source:
+            moments, mean = source.whole(place), source.whole(f"{place}.mean")
         if not (moments.sum() + mean.sum()).isfinite():
             raise self.damaged(self.folder / file)
         return moments, mean
@@ -87,15 +87,32 @@ def rotated_matrix(moments: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     return basis.T + solve_ridge(basis @ across, across - basis.T @ (basis @ across), RIDGE)
 
 
-def principal_directions(moments: Moments, layers: list[int], size: int, device: torch.device) -> torch.Tensor:
-    """P (size, H), float64, orthonormal rows: the directions of most energy in what attention and MLP read, each block
-    counting the same (cf. SliceGPT, arXiv 2401.15024, which rotates every block on its own)."""
-    total = 0
-    for layer in layers:
-        for place in (common.ATTENTION_INPUT, common.FEEDFORWARD_INPUT):
-            block = moments.read(layer, place)[0].to(device).double()
-            total = total + block / block.trace()
-    return torch.linalg.eigh(total).eigenvectors[:, -size:].T.flip(0).contiguous()
+def principal_directions(
+    moments: Moments, source: Source, family: common.Family, layers: list[int], size: int, device: torch.device
+) -> torch.Tensor:
+    """P (size, H), float64, orthonormal rows: the directions of the residual stream that its readers need.
+
+    With C the mean of the second moments where the stream is read and A the mean of WᵀW over what reads it (q, k, v,
+    gate, up, LM head; each output of energy 1), P spans what restores all outputs best by least squares if C is the
+    second moment everywhere: the first eigenvectors of C½ A C½, times C^-½. (SliceGPT, arXiv 2401.15024, rotates each
+    block by its own C; A is what reads it.)
+    """
+    energy = readers = 0
+    for layer, place in [*itertools.product(layers, (common.ATTENTION_INPUT, common.FEEDFORWARD_INPUT)), (None, None)]:
+        prefix = "" if layer is None else f"model.layers.{layer}."
+        norm = common.FINAL_NORM if layer is None else family.input_norms.get(place)
+        block = moments.read(layer, place or common.LM_HEAD)[0].to(device).double()
+        block /= block.trace()
+        energy = energy + block
+        for linear in common.PLACES[place] if place else (common.LM_HEAD,):
+            weight = source.whole(f"{prefix}{linear}.weight").to(device).double()
+            if norm:
+                weight *= source.whole(f"{prefix}{norm}.weight").to(device).double() + family.norm_offset
+            gram = weight.T @ weight
+            readers = readers + gram / (gram * block).sum()
+    root = torch.linalg.cholesky(energy + RIDGE * energy.diagonal().mean() * torch.eye(len(energy)).to(energy))
+    first = torch.linalg.eigh(root.T @ readers @ root).eigenvectors[:, -size:]
+    return torch.linalg.qr(torch.linalg.solve(root.T, first)).Q.T.contiguous()
 
 
 def greedy_neurons(moments: torch.Tensor, weights: torch.Tensor, keep: int) -> torch.Tensor:
