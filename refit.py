@@ -110,9 +110,10 @@ def principal_directions(
                 weight *= source.whole(f"{prefix}{norm}.weight").to(device).double() + family.norm_offset
             gram = weight.T @ weight
             readers = readers + gram / (gram * block).sum()
-    root = torch.linalg.cholesky(energy + RIDGE * energy.diagonal().mean() * torch.eye(len(energy)).to(energy))
-    first = torch.linalg.eigh(root.T @ readers @ root).eigenvectors[:, -size:]
-    return torch.linalg.qr(torch.linalg.solve(root.T, first)).Q.T.contiguous()
+    values, vectors = torch.linalg.eigh(energy)
+    root = values.clamp(min=0).sqrt() * (values > 1e-6 * values[-1])  # where no energy is, nothing is to be kept
+    first = torch.linalg.eigh((vectors * root).T @ readers @ (vectors * root)).eigenvectors[:, -size:].flip(1)
+    return torch.linalg.qr(vectors @ (first / root.clamp(min=1e-30)[:, None] * (root > 0)[:, None])).Q.T.contiguous()
 
 
 def greedy_neurons(moments: torch.Tensor, weights: torch.Tensor, keep: int) -> torch.Tensor:
