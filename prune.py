@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import common
 from common import HIDDEN, KEY_VALUE, NEURONS, QUERY, WHOLE, PareError, Source
@@ -58,6 +59,7 @@ PIECE_BYTES = 1_000_000  # read, cut and written at once; larger ones leave the 
 SYNC_BYTES = 250_000_000  # written between two syncs
 SIZE_NAMES = ("HIDDEN_SIZE", "INTERMEDIATE_SIZE", "NUM_ATTENTION_HEADS", "NUM_KEY_VALUE_HEADS", "NUM_HIDDEN_LAYERS")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+BASIS = "pare/directions.safetensors"  # in a folder of its own: vLLM loads every safetensors file beside the weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -999,6 +1001,9 @@ def main() -> Path:
         if moments and REFIT_SAMPLES:
             rows = moments.rows()[:REFIT_SAMPLES]
             refit_in_sequence(checkpoint.folder, folder, planned, basis, rows, device)
+        if rotate:
+            (folder / BASIS).parent.mkdir()
+            save_file({"basis": basis.float().cpu()}, folder / BASIS)
         written = common.find_checkpoint(str(folder), None, "OUTPUT_DIR")
         shapes = {name: info.shape for name, info in common.tensor_infos(written, "OUTPUT_DIR").items()}
         check_shapes(written.config, shapes, "the student")
@@ -1044,11 +1049,12 @@ def teacher_record(checkpoint: common.Checkpoint, scores: dict) -> dict:
 
 
 def kept_record(keep: Keep, rotate: bool) -> dict:
-    """What was kept, in the teacher's numbering; the lists have one entry per kept layer; `hidden` is None where
-    directions were kept."""
+    """What was kept, in the teacher's numbering; the lists have one entry per kept layer. Where directions were kept,
+    `hidden` is None and `directions` names the file with them, `basis` (H', H): the student's stream is basis @ x."""
     return {
         "layers": keep.layers,
         "hidden": None if rotate else keep.hidden.tolist(),
+        "directions": BASIS if rotate else None,
         "neurons": [keep.neurons[layer].tolist() for layer in keep.layers],
         "query_heads": [keep.query_heads[layer].tolist() for layer in keep.layers],
         "key_value_heads": [keep.key_value_heads[layer].tolist() for layer in keep.layers],

@@ -20,8 +20,8 @@ import common
 from common import PareError, Source
 
 RIDGE = 1e-3  # relative to the mean second moment of the kept inputs
-RIDGE_IN_SEQUENCE = 1e-2  # there it holds to the first fit: fewer tokens would otherwise be fitted too closely
-GREEDY_STEP = 16  # neurons removed between two updates
+RIDGE_IN_SEQUENCE = 0.5  # there it holds to the first fit; less fits few tokens too closely, more gains as little
+GREEDY_STEP = 1 / 64  # share of the neurons removed between two updates
 TOKENS_AT_ONCE = 4096  # in a batch of the refit in sequence
 
 
@@ -121,17 +121,18 @@ def greedy_neurons(moments: torch.Tensor, weights: torch.Tensor, keep: int) -> t
 
     moments (F, F) of the neurons, weights (H, F) that read them. Removing neuron j costs |W_j|² / [G⁻¹]_jj; the
     cheapest goes, W takes up what the others can say of it, G⁻¹ forgets it, and so on. All of W and G⁻¹ are brought
-    up to date every GREEDY_STEP neurons, those about to go at once.
+    up to date GREEDY_STEP of the neurons at a time, those about to go at once.
     """
     weights, count = weights.double(), len(moments)
+    step = max(1, int(GREEDY_STEP * count))
     ridge = RIDGE * moments.diagonal().double().mean().clamp(min=1e-30) * torch.eye(count).to(weights)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments.double() + ridge))
     left = torch.arange(count, device=weights.device)
     while len(left) > keep:
         order = (weights.square().sum(0) / inverse.diagonal()).argsort()
-        candidates, chosen = order[: 4 * GREEDY_STEP], []
+        candidates, chosen = order[: 4 * step], []
         block, columns = inverse[candidates][:, candidates], weights[:, candidates]
-        for _ in range(min(GREEDY_STEP, len(left) - keep)):  # one by one: of two that are alike, only one can go
+        for _ in range(min(step, len(left) - keep)):  # one by one: of two that are alike, only one can go
             costs = columns.square().sum(0) / block.diagonal()
             costs[chosen] = math.inf
             chosen.append(costs.argmin().item())

@@ -6,12 +6,14 @@ On the bundled teacher and its held-out text (64 rows of 256 tokens), calibrated
 drawn anew for each of SEEDS (3) seeds. Rows of the table that is kept in zero_shot.md: random and anti-ranked scores;
 the nine aggregations of arXiv 2407.14679 Table 11 (batch, then sequence); Pare's scores sliced only; then NORM_RESCALE,
 REFIT and both, and both without each part of the refit. Columns: the sizes of the demo, each axis alone and all
-together; 2 of 8 layers dropped, by each metric, in a table of its own; and key-value heads averaged.
+together. Then 2 of 8 layers dropped, by each metric; key-value heads averaged; and the KL that is left after the demo's
+distillation, for plain slicing and for each part of the refit. About an hour on two cores.
 """
 
 import contextlib
 import io
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -25,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 import demo  # noqa: E402
+import distill  # noqa: E402
 import importance_analysis  # noqa: E402
 import prune  # noqa: E402
 
@@ -47,6 +50,7 @@ CORRECTIONS = {
     "  and without GREEDY_NEURONS": ONCE | {"GREEDY_NEURONS": False},
     "  and without either": ONCE | {"ROTATE": False, "GREEDY_NEURONS": False},
 }
+DISTILLED = ("both, not in sequence", "  and without ROTATE", "  and without GREEDY_NEURONS", "  and without either")
 SEQUENCE = {  # activations (B, T, channels) -> (B, channels)
     "mean": lambda x: x.abs().mean(1),
     "L2": lambda x: x.square().sum(1).sqrt(),
@@ -125,8 +129,9 @@ def quietly(function, *arguments):
 class Seed:
     """One calibration: scores by name, and what pruning by them gives."""
 
-    def __init__(self, folder: Path, text: str, seed: int, evaluation: Evaluation, tokenizer):
+    def __init__(self, folder: Path, text: str, held_out: str, seed: int, evaluation: Evaluation, tokenizer):
         self.folder, self.evaluation, self.path = folder, evaluation, folder / f"scores-{seed}.pt"
+        self.text, self.held_out, self.seed = text, held_out, seed
         settings = {"MODEL": str(demo.TEACHER), "DATASET": text, "SCORES_PATH": str(self.path), "SEED": seed}
         settings |= {"NUM_SAMPLES": 256, "SEQUENCE_LENGTH": 256, "BATCH_SIZE": 16, "DATASET_CONFIG": None}
         demo.configure(importance_analysis, DEVICE="cpu", **settings)
@@ -145,6 +150,18 @@ class Seed:
         demo.configure(prune, DEVICE="cpu", **sizes | settings | more | SLICED | constants)
         return self.evaluation(quietly(prune.main))
 
+    def distil(self, scores: dict, **constants) -> tuple[float, float]:
+        """KL and loss of the student after the demo's distillation."""
+        self.prune(scores, **AXES["all three"] | constants)
+        output = self.folder / "distilled"
+        shutil.rmtree(output, ignore_errors=True)
+        settings = {"TEACHER": str(demo.TEACHER), "STUDENT": str(self.folder / "out"), "OUTPUT_DIR": str(output)}
+        settings |= {"DATASET": self.text, "DATASET_CONFIG": None, "SEQUENCE_LENGTH": 256, "SEED": self.seed}
+        settings |= demo.DISTILLATION | {"EVAL_DATASET": self.held_out, "EVAL_EVERY": 1000, "SAVE_EVERY": 1000}
+        demo.configure(distill, DEVICE="cpu", TRAIN_TOKENS=demo.TRAIN_TOKENS, **settings)
+        quietly(distill.main)
+        return self.evaluation(output / "model")
+
     def changed(self, change) -> dict:
         return self.scores | {
             key: change(self.aggregations["L2", "mean"][key]) for key in ("mlp", "attention", "hidden")
@@ -153,7 +170,7 @@ class Seed:
     def width_rows(self) -> dict[str, tuple[dict, dict]]:
         """Title -> scores and constants."""
         random = self.changed(lambda score: torch.rand(score.shape, generator=self.generator))
-        anti = self.changed(lambda score: -score)
+        anti = self.changed(lambda score: score.max() - score)
         rows = {"random": (random, SLICED), "anti-ranked": (anti, SLICED)}
         rows |= {f"({batch}, {seq})": (self.scores | s, SLICED) for (batch, seq), s in self.aggregations.items()}
         return rows | {title: (self.scores, constants) for title, constants in CORRECTIONS.items()}
@@ -169,14 +186,22 @@ class Seed:
                 rows[metric + (", one block" if block else "")] = self.prune(self.scores, **constants)
         return rows
 
+    def distilled_rows(self) -> dict[str, tuple[float, float]]:
+        plain = self.scores | self.aggregations["L2", "mean"]
+        rows = {"(L2, mean), sliced only": (plain, SLICED), "+ both (the default)": (self.scores, DEFAULT)}
+        rows |= {title: (self.scores, CORRECTIONS[title]) for title in DISTILLED}
+        return {title: self.distil(scores, **constants) for title, (scores, constants) in rows.items()}
+
     def average_rows(self) -> dict[str, tuple[float, float]]:
         """10 query heads on 5 key-value heads: similar heads averaged, by outputs or by weights, or neighbours."""
         sizes = {"NUM_ATTENTION_HEADS": 10, "NUM_KEY_VALUE_HEADS": 5}
-        rows = {"similar by their outputs": self.prune(self.scores, **sizes | {"REFIT": True})}
-        rows["similar by their weights"] = self.prune(self.scores, **sizes)
-        grouping = prune.group_heads
-        prune.group_heads = lambda distances, size: torch.arange(len(distances)).view(-1, size).tolist()
-        rows["neighbours"] = self.prune(self.scores, **sizes)
+        grouping, rows = prune.group_heads, {}
+        neighbours = lambda distances, size: torch.arange(len(distances)).view(-1, size).tolist()  # noqa: E731
+        for title, groups in (("similar heads", grouping), ("neighbours", neighbours)):
+            prune.group_heads = groups
+            rows[f"{title}, sliced only"] = self.prune(self.scores, **sizes)
+            rows[f"{title}, REFIT"] = self.prune(self.scores, **sizes | ONCE)
+            rows[f"{title}, default"] = self.prune(self.scores, **sizes | DEFAULT)
         prune.group_heads = grouping
         return rows
 
@@ -200,15 +225,16 @@ def main(num_seeds: int) -> None:
         text = demo.write_text(folder)
         tokenizer = common.load_tokenizer(common.find_checkpoint(str(demo.TEACHER), None, "MODEL"), "MODEL")
         evaluation = Evaluation(text["held_out"], tokenizer)
-        widths, layers, averages = {}, {}, {}
+        widths, layers, averages, distilled = {}, {}, {}, {}
         for number in range(num_seeds):
-            seed = Seed(folder, text["train"], number, evaluation, tokenizer)
+            seed = Seed(folder, text["train"], text["held_out"], number, evaluation, tokenizer)
             for title, (scores, constants) in seed.width_rows().items():
                 cells = widths.setdefault(title, [[] for _ in AXES])
                 for cell, sizes in zip(cells, AXES.values(), strict=True):
                     cell.append(seed.prune(scores, **sizes | constants))
-            for table, rows in ((layers, seed.layer_rows()), (averages, seed.average_rows())):
-                for title, result in rows.items():
+            others = (layers, seed.layer_rows), (averages, seed.average_rows), (distilled, seed.distilled_rows)
+            for table, rows in others:
+                for title, result in rows().items():
                     table.setdefault(title, [[]])[0].append(result)
             print(f"seed {number}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         _, loss = evaluation(demo.TEACHER)
@@ -217,6 +243,7 @@ def main(num_seeds: int) -> None:
         print_markdown("scores (batch, sequence)", list(AXES), widths)
         print_markdown("2 of 8 layers dropped by", ["layers"], layers)
         print_markdown("10 key-value heads averaged to 5", ["heads"], averages)
+        print_markdown(f"after distillation on {demo.TRAIN_TOKENS} tokens", ["all three"], distilled)
         plain, default = (
             sum(kl for kl, _ in widths[title][-1]) / num_seeds for title in ("(L2, mean)", "+ both (the default)")
         )
