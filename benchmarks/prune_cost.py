@@ -65,7 +65,7 @@ OLMO_3_7B = {  # config.json of allenai/Olmo-3-7B-Instruct, what shapes depend o
 }
 SHARD_BYTES = 3_000_000_000
 POOL = 2**27  # random values; the files are stretches of them from random places
-ROUNDS = 2  # of prune.py and cp, alternating; the usual way runs once
+ROUNDS = 3  # of prune.py and cp, alternating; the usual way runs once
 
 
 def write_teacher(folder: Path) -> None:
