@@ -20,6 +20,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -448,9 +449,9 @@ class Planned:
     mixed: torch.Tensor | None = None  # (H,) weights of the norm behind, or ones: the rows are rotated
     constant: bool = False  # a norm over rotated channels
 
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * common.DTYPE_BYTES[self.dtype]
+
+def bytes_of(tensor: Planned | common.TensorInfo) -> int:
+    return math.prod(tensor.shape) * common.DTYPE_BYTES[tensor.dtype]
 
 
 def axes_of(family: common.Family, tensor: str) -> tuple[tuple, int | None]:
@@ -718,7 +719,7 @@ def write_shard(path: Path, shard: list[Planned], source: Source, refit: Refit |
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for tensor in shard:
-        offsets = [offset, offset + tensor.num_bytes]
+        offsets = [offset, offset + bytes_of(tensor)]
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
         offset = offsets[1]
     encoded = json.dumps(header).encode()
@@ -764,11 +765,11 @@ def split_shards(planned: list[Planned]) -> dict[str, list[Planned]]:
     """Tensors by output file, in order, at most SHARD_BYTES each."""
     shards, size = [[]], 0
     for tensor in planned:
-        if shards[-1] and size + tensor.num_bytes > SHARD_BYTES:
+        if shards[-1] and size + bytes_of(tensor) > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
-        size += tensor.num_bytes
+        size += bytes_of(tensor)
     if len(shards) == 1:
         return {WEIGHTS: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
@@ -776,7 +777,7 @@ def split_shards(planned: list[Planned]) -> dict[str, list[Planned]]:
 
 def write_weights(folder: Path, planned: list[Planned], source: Source, refit: Refit | None = None) -> dict[str, str]:
     """Write the student's tensors; returns file name -> sha256."""
-    total = sum(tensor.num_bytes for tensor in planned)
+    total = sum(map(bytes_of, planned))
     progress = common.Progress(total, "bytes", "cutting")
     by_file = split_shards(planned)
     hashes = {file: write_shard(folder / file, shard, source, refit, progress) for file, shard in by_file.items()}
@@ -904,11 +905,14 @@ def drop_layers(scores: dict, layer_types: list[str], num_layers: int) -> list[i
     return choose_layers(importance, layer_types, num_layers, PROTECT_FULL_ATTENTION)
 
 
-def nearby_choice(scores: dict, config, family: common.Family, num_layers: int) -> str:
+def nearby_choice(scores: dict, checkpoint: common.Checkpoint, student: Sizes, drop: list[int]) -> str:
     """Advice for the portability table: the most important layers of this number in the family's order."""
+    family, kinds = checkpoint.family, getattr(checkpoint.config, checkpoint.family.per_layer[-1], None)
+    if not drop or not family.pattern:
+        return ""
     importance = layer_importance(scores, LAYER_METRIC if LAYERS_TO_DROP is None else "block_importance")
-    drop = portable_layers(getattr(config, family.per_layer[-1]), importance, num_layers, family.pattern)
-    return f"; LAYERS_TO_DROP = {drop} keeps that" if drop is not None else ""
+    portable = portable_layers(kinds, importance, student.num_hidden_layers, family.pattern)
+    return f"; LAYERS_TO_DROP = {portable} keeps that" if portable is not None else ""
 
 
 def open_moments(scores: dict, scores_path: Path) -> Moments | None:
@@ -925,18 +929,56 @@ def open_moments(scores: dict, scores_path: Path) -> Moments | None:
     return Moments(folder, identity) if identity and REFIT is not False else None
 
 
-def print_sizes(before: dict, after: dict, num_bytes: tuple[int, int], sizes: tuple[Sizes, Sizes]) -> None:
+def write_student(
+    folder: Path,
+    planned: list[Planned],
+    source: Source,
+    moments: Moments | None,
+    checkpoint: common.Checkpoint,
+    keep: Keep,
+    rotate: bool,
+    device: torch.device,
+) -> dict[str, str]:
+    """Write and check the weights beside config.json and all else in `folder`; returns file name -> sha256 of all."""
+    basis = None
+    if rotate:
+        size = len(keep.hidden)
+        basis = principal_directions(moments, source, checkpoint.family, keep.layers, size, device)
+        (folder / BASIS).parent.mkdir()
+        save_file({"basis": basis.float().cpu()}, folder / BASIS)
+    files = write_weights(folder, planned, source, Refit(moments, source, device, basis) if moments else None)
+    if moments and REFIT_SAMPLES:
+        refit_in_sequence(checkpoint.folder, folder, planned, basis, moments.rows()[:REFIT_SAMPLES], device)
+        files = {}  # changed in place
+    written = common.find_checkpoint(str(folder), None, "OUTPUT_DIR")
+    infos = common.tensor_infos(written, "OUTPUT_DIR")
+    check_shapes(written.config, {name: info.shape for name, info in infos.items()}, "the student")
+    return {file: files.get(file) or common.hash_file(folder / file) for file in common.files_in(folder)}
+
+
+def print_sizes(before: dict, after: list[Planned], sizes: tuple[Sizes, Sizes]) -> None:
     """The before/after table: parameters, every size, bytes on disk."""
     rows = [["", "teacher", "student", "kept"]]
-    counts = zip(common.count_parameters(before), common.count_parameters(after), strict=True)
+    shapes = {name: info.shape for name, info in before.items()}, {tensor.name: tensor.shape for tensor in after}
+    counts = zip(*map(common.count_parameters, shapes), strict=True)
     for title, (old, new) in zip(("parameters", "without embeddings"), counts, strict=True):
         rows.append([title, parameters_text(old), parameters_text(new), f"{new / old:.0%}"])
     for name, old in vars(sizes[0]).items():
         new = vars(sizes[1])[name]
         rows.append([name, old, new, f"{new / old:.0%}"])
-    old, new = num_bytes
+    old, new = sum(map(bytes_of, before.values())), sum(map(bytes_of, after))
     rows.append(["GB on disk", f"{old / 1e9:.3f}", f"{new / 1e9:.3f}", f"{new / old:.0%}"])
     common.print_table(rows)
+
+
+def open_teacher(checkpoint: common.Checkpoint) -> Source:
+    """The teacher's tensors. Raises PareError for one that the family table does not know, or of another shape."""
+    infos = common.tensor_infos(checkpoint, "MODEL")
+    for name in infos:
+        axes_of(checkpoint.family, name)
+    shapes = {name: info.shape for name, info in infos.items()}
+    check_shapes(checkpoint.config, shapes, f"MODEL = {MODEL!r}")
+    return Source(checkpoint.folder, infos)
 
 
 def main() -> Path:
@@ -945,75 +987,48 @@ def main() -> Path:
     output, scores_path = common.output_path(OUTPUT_DIR), common.output_path(SCORES_PATH)
     common.check_choice("LAYER_METRIC", LAYER_METRIC, LAYER_METRICS)
     common.check_own_folder(output, "OUTPUT_DIR", "prune.py")
-    scores = common.load_scores(scores_path)
-    device = common.pick_device(DEVICE)
+    scores, device = common.load_scores(scores_path), common.pick_device(DEVICE)
     checkpoint = common.find_checkpoint(MODEL, REVISION, "MODEL")
     for constant, path in (("MODEL", checkpoint.folder), ("SCORES_PATH", scores_path)):
         if path.resolve().is_relative_to(output.resolve()):
             raise PareError(f"OUTPUT_DIR = {OUTPUT_DIR!r} is, or holds, {constant} itself; choose another.")
+    with common.lock(output, "OUTPUT_DIR"), closing(open_teacher(checkpoint)) as source:
+        config, teacher = checkpoint.config, sizes_of(checkpoint.config)
+        count = parameter_counter(source.infos, checkpoint)
+        if TARGET_PARAMS is not None:
+            targets = derive_targets(teacher, targets, count, checkpoint.head_dim)
+        student = target_sizes(teacher, targets, LAYERS_TO_DROP)
+        old, new = count(teacher), count(student)
+        print(f"pruning {MODEL} from {parameters_text(old)} to {parameters_text(new)} parameters into {output}/:")
+        print(sizes_text(student), flush=True)
+        check_scores(scores, checkpoint, scores_path)
+        check_room(output, new / old * sum(map(bytes_of, source.infos.values())))
+        moments = open_moments(scores, scores_path)
 
-    config, family = checkpoint.config, checkpoint.family
-    infos = common.tensor_infos(checkpoint, "MODEL")
-    before = {name: info.shape for name, info in infos.items()}
-    for name in before:
-        axes_of(family, name)
-    check_shapes(config, before, f"MODEL = {MODEL!r}")
-    teacher = sizes_of(config)
-    if TARGET_PARAMS is not None:
-        targets = derive_targets(teacher, targets, parameter_counter(infos, checkpoint), checkpoint.head_dim)
-    student = target_sizes(teacher, targets, LAYERS_TO_DROP)
-    print(f"sizes: {sizes_text(student)}")
-    check_scores(scores, checkpoint, scores_path)
-    moments = open_moments(scores, scores_path)
+        drop = drop_layers(scores, common.layer_types_of(config), student.num_hidden_layers)
+        keep = choose(scores, teacher, student, [i for i in range(teacher.num_hidden_layers) if i not in drop])
+        norms = scores["norms"] if NORM_RESCALE else None
+        raw = student_config(checkpoint, student, keep, norms)
+        common.parse_config(type(config), raw, sizes_text(student))
+        runtimes = portability(raw, checkpoint.family, OUTPUT_DIR, nearby_choice(scores, checkpoint, student, drop))
+        if REQUIRE_PORTABLE:
+            check_portable(runtimes)
+        average_heads(keep, checkpoint.family, teacher, student, source, moments)
+        if moments and GREEDY_NEURONS and student.intermediate_size < teacher.intermediate_size:
+            choose_neurons(keep, student.intermediate_size, source, moments, checkpoint, device)
+        rotate = bool(moments and ROTATE and not config.tie_word_embeddings and len(keep.hidden) < teacher.hidden_size)
+        planned = plan_tensors(source, keep, checkpoint, norms, moments is not None, rotate)
+        corrections = (("norms rescaled", norms), ("refitted", moments), ("rotated", rotate))
+        print(", ".join(name for name, on in corrections if on) or "sliced only", flush=True)
 
-    drop = drop_layers(scores, common.layer_types_of(config), student.num_hidden_layers)
-    keep = choose(scores, teacher, student, [i for i in range(teacher.num_hidden_layers) if i not in drop])
-    source = Source(checkpoint.folder, infos)
-    average_heads(keep, family, teacher, student, source, moments)
-    if moments and GREEDY_NEURONS and student.intermediate_size < teacher.intermediate_size:
-        choose_neurons(keep, student.intermediate_size, source, moments, checkpoint, device)
-    norms = scores["norms"] if NORM_RESCALE else None
-    rotate = bool(moments and ROTATE and not config.tie_word_embeddings and student.hidden_size < teacher.hidden_size)
-    planned = plan_tensors(source, keep, checkpoint, norms, moments is not None, rotate)
-    raw = student_config(checkpoint, student, keep, norms)
-    after = {tensor.name: tensor.shape for tensor in planned}
-    check_shapes(common.parse_config(type(config), raw, sizes_text(student)), after, "the student")
-    advice = nearby_choice(scores, config, family, student.num_hidden_layers) if drop and family.pattern else ""
-    runtimes = portability(raw, family, OUTPUT_DIR, advice)
-    if REQUIRE_PORTABLE:
-        check_portable(runtimes)
-    num_bytes = sum(tensor.num_bytes for tensor in planned)
-    check_room(output, num_bytes)
-    old, new = (parameters_text(common.count_parameters(shapes)[0]) for shapes in (before, after))
-    corrections = (("norms rescaled", norms), ("refitted", moments), ("rotated", rotate))
-    corrections = [name for name, on in corrections if on] or ["sliced only"]
-    print(f"pruning {MODEL} from {old} to {new} parameters into {output}/: {', '.join(corrections)}", flush=True)
-
-    with common.lock(output, "OUTPUT_DIR"), common.new_folder(output, "prune.py") as folder:
-        size, basis = student.hidden_size, None
-        if rotate:
-            basis = principal_directions(moments, source, family, keep.layers, size, device)
-        refit = Refit(moments, source, device, basis) if moments else None
-        files = write_weights(folder, planned, source, refit)
-        common.copy_companions(checkpoint.folder, folder)
-        common.write_json(folder / "config.json", raw)
-        (folder / "README.md").write_text(model_card(checkpoint, student, runtimes))
-        if moments and REFIT_SAMPLES:
-            rows = moments.rows()[:REFIT_SAMPLES]
-            refit_in_sequence(checkpoint.folder, folder, planned, basis, rows, device)
-        if rotate:
-            (folder / BASIS).parent.mkdir()
-            save_file({"basis": basis.float().cpu()}, folder / BASIS)
-        written = common.find_checkpoint(str(folder), None, "OUTPUT_DIR")
-        shapes = {name: info.shape for name, info in common.tensor_infos(written, "OUTPUT_DIR").items()}
-        check_shapes(written.config, shapes, "the student")
-        others = [file for file in common.files_in(folder) if file not in files or moments]
-        files |= {file: common.hash_file(folder / file) for file in others}
-        more = {"teacher": teacher_record(checkpoint, scores), "portability": runtimes, "sha256": files}
-        common.write_record(folder, common.run_record(script, **more, kept=kept_record(keep, rotate)))
-    source.close()
-    teacher_bytes = sum(math.prod(info.shape) * common.DTYPE_BYTES[info.dtype] for info in infos.values())
-    print_sizes(before, after, (teacher_bytes, num_bytes), (teacher, student))
+        with common.new_folder(output, "prune.py") as folder:
+            common.copy_companions(checkpoint.folder, folder)
+            common.write_json(folder / "config.json", raw)
+            (folder / "README.md").write_text(model_card(checkpoint, student, runtimes))
+            files = write_student(folder, planned, source, moments, checkpoint, keep, rotate, device)
+            more = {"teacher": teacher_record(checkpoint, scores), "portability": runtimes, "sha256": files}
+            common.write_record(folder, common.run_record(script, **more, kept=kept_record(keep, rotate)))
+        print_sizes(source.infos, planned, (teacher, student))
     print("\nWho can load it:")
     common.print_table([[runtime, *more] for runtime, *more in runtimes], right=False)
     print(f"\nWrote {output}/. Next: uv run distill.py TEACHER={MODEL} STUDENT={output}")
