@@ -582,8 +582,12 @@ class Source:
 
     def read(self, info: TensorInfo, start: int, size: int, buffer: np.ndarray | None = None) -> np.ndarray:
         buffer = np.empty(size, np.uint8) if buffer is None else buffer
-        if os.preadv(self.files[info.file].fileno(), [buffer], info.start + start) != size:
-            raise OSError(f"{info.file} ended early")
+        rest, file = memoryview(buffer).cast("B"), self.files[info.file].fileno()
+        while rest:  # a call reads 2 GiB at most
+            count = os.preadv(file, [rest[: 2**30]], info.start + start + size - len(rest))
+            if not count:
+                raise PareError(f"{self.folder / info.file} ended early: it changed while it was read.")
+            rest = rest[count:]
         return buffer
 
     def forget(self, name: str) -> None:
@@ -951,6 +955,14 @@ def metadata_of(path: Path) -> dict[str, str] | None:
             return file.metadata()
     except (SafetensorError, OSError):
         return None
+
+
+def pare_metadata(path: Path) -> dict:
+    """What Pare wrote into a safetensors file's metadata, one JSON text; empty where it is not ours, or not whole."""
+    try:
+        return dict(json.loads((metadata_of(path) or {}).get("pare", "{}")))
+    except (ValueError, TypeError):
+        return {}
 
 
 def sync_file(path: Path) -> None:

@@ -454,13 +454,21 @@ def weight_of(x: torch.Tensor) -> torch.Tensor:
     return 1 / x.float().square().mean(-1).clamp(min=1e-20)
 
 
-def write_moments(model, family: common.Family, files: dict, rows: torch.Tensor, batch_size, folder, record) -> None:
+def save_moments(path: Path, tensors: dict[str, torch.Tensor], identity: str) -> None:
+    """With the run's identity and each tensor's hash, which prune.py checks."""
+    hashes = {name: common.hash_scores(tensor) for name, tensor in tensors.items()}
+    record = {"pare": json.dumps({"fingerprint": identity, "sha256": hashes})}
+    common.replace_file(path, lambda temporary: save_file(tensors, temporary, record))
+
+
+def write_moments(model, family: common.Family, files: dict, rows: torch.Tensor, batch_size, folder, identity) -> None:
     """Write one safetensors file per entry of `files`: E[x xᵀ] and E[x] at every place (see MomentHooks), float32.
 
-    As many files per pass over `rows` as fit into memory beside the model; files of the same `record` that are
+    As many files per pass over `rows` as fit into memory beside the model; files of the same `identity` that are
     complete already are not made again.
     """
-    missing = {name: matrices for name, matrices in files.items() if common.metadata_of(folder / name) != record}
+    done = {name for name in files if common.pare_metadata(folder / name).get("fingerprint") == identity}
+    missing = {name: matrices for name, matrices in files.items() if name not in done}
     turns = common.from_rank_0(plan_passes(missing, free_memory(model.device)) if missing else [])
     for number, turn in enumerate(turns, 1):
         hooks = {name: MomentHooks(model.base_model, family, name, matrices) for name, matrices in turn.items()}
@@ -477,7 +485,7 @@ def write_moments(model, family: common.Family, files: dict, rows: torch.Tensor,
         for name, hook in hooks.items():
             means = hook.means()
             if common.rank_and_world()[0] == 0:
-                common.replace_file(folder / name, lambda temporary: save_file(means, temporary, record))  # noqa: B023
+                save_moments(folder / name, means, identity)
 
 
 def check_moments_room(files: dict[str, dict[str, int]], folder: Path) -> None:
@@ -666,11 +674,9 @@ def score(checkpoint, rows: torch.Tensor, meta: dict, scores_path: Path, device,
         temporary = moments.with_name(f".{moments.name}.tmp")
         temporary.mkdir(exist_ok=True)
         some = rows[:SECOND_MOMENT_SAMPLES][rank::world]
-        record = {"fingerprint": meta["moments"]}
-        write_moments(model, family, files, some, BATCH_SIZE, temporary, record)
+        write_moments(model, family, files, some, BATCH_SIZE, temporary, meta["moments"])
         if rank == 0:
-            tokens = {"rows": rows[:SECOND_MOMENT_SAMPLES].int().contiguous()}
-            common.replace_file(temporary / ROWS, lambda path: save_file(tokens, path, record))
+            save_moments(temporary / ROWS, {"rows": rows[:SECOND_MOMENT_SAMPLES].int()}, meta["moments"])
     sums.reduce()
     results = [scores_of(sums.sums, family, checkpoint.head_dim, halves) for halves in ((0, 1), (0,), (1,))]
     if LAYER_PERPLEXITY:

@@ -16,6 +16,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ ROTATE: bool = True  # with REFIT: keep principal directions of the residual str
 GREEDY_NEURONS: bool = True  # with REFIT: keep the neurons that it cannot restore, not those of highest score
 REQUIRE_PORTABLE: bool = False  # refuse shapes that vLLM or llama.cpp load wrongly or not at all
 REFIT_SAMPLES: int = 256  # calibration rows of a second REFIT, on the student's own activations; 0: none
-DEVICE: str = "auto"  # auto | cuda | mps | cpu: where REFIT solves
+DEVICE: str = "auto"  # auto | cuda | cpu: where REFIT solves, in float64
 
 SHARD_BYTES = 5_000_000_000  # largest output file
 PIECE_BYTES = 1_000_000  # read, cut and written at once; larger ones leave the processor's cache
@@ -87,14 +88,18 @@ def sizes_of(config) -> Sizes:
     return Sizes(**{name: getattr(config, name) for name in Sizes.__dataclass_fields__})
 
 
-def target_sizes(teacher: Sizes, targets: dict, layers_to_drop: list[int] | None) -> Sizes:
-    """The student's sizes from the constants. Raises PareError with the nearest legal values."""
+def check_sizes(teacher: Sizes, targets: dict) -> None:
     for name in SIZE_NAMES:
         value, largest = targets[name], getattr(teacher, name.lower())
         if value is not None and not 1 <= value <= largest:
             raise PareError(
                 f"{name} = {value}: the teacher has {largest}. Set it from 1 to {largest}, or None for all."
             )
+
+
+def target_sizes(teacher: Sizes, targets: dict, layers_to_drop: list[int] | None) -> Sizes:
+    """The student's sizes from the constants. Raises PareError with the nearest legal values."""
+    check_sizes(teacher, targets)
     heads, key_value_heads = target_heads(teacher, targets["NUM_ATTENTION_HEADS"], targets["NUM_KEY_VALUE_HEADS"])
     return Sizes(
         hidden_size=targets["HIDDEN_SIZE"] or teacher.hidden_size,
@@ -199,32 +204,37 @@ def derive_targets(teacher: Sizes, targets: dict, count, head_dim: int) -> dict:
     size, as in the Minitron models (arXiv 2408.11796 Table 3). Where the teacher has hidden_size = heads x head_dim, so
     has the student: vLLM's and llama.cpp's code for Olmo want it.
     """
+    check_sizes(teacher, targets)
     wanted = parse_params(targets["TARGET_PARAMS"])
     square = teacher.hidden_size == teacher.num_attention_heads * head_dim
+    group = teacher.num_attention_heads // teacher.num_key_value_heads
+    by_hand = {name: [targets[name]] if targets[name] else None for name in SIZE_NAMES}
     found = []
-    for hidden in [targets["HIDDEN_SIZE"]] if targets["HIDDEN_SIZE"] else round_sizes(teacher.hidden_size):
-        heads, key_value = targets["NUM_ATTENTION_HEADS"], targets["NUM_KEY_VALUE_HEADS"]
-        if heads is None and square and hidden % head_dim == 0:
-            heads = hidden // head_dim
-        elif heads is None and square and not targets["HIDDEN_SIZE"]:
-            continue
-        heads = heads or teacher.num_attention_heads
-        group = teacher.num_attention_heads // teacher.num_key_value_heads
-        if key_value is None and heads % teacher.num_key_value_heads and heads % group == 0:
-            key_value = heads // group
-        for neurons in (
-            [targets["INTERMEDIATE_SIZE"]] if targets["INTERMEDIATE_SIZE"] else round_sizes(teacher.intermediate_size)
-        ):
-            chosen = dict(zip(SIZE_NAMES, (hidden, neurons, heads, key_value), strict=False))
-            try:
-                sizes = target_sizes(teacher, targets | chosen, targets["LAYERS_TO_DROP"])
-            except PareError:
-                continue
-            balance = abs(math.log(neurons / teacher.intermediate_size) - 2 * math.log(hidden / teacher.hidden_size))
-            found.append((abs(count(sizes) / wanted - 1), balance, sizes))
+    for hidden in by_hand["HIDDEN_SIZE"] or round_sizes(teacher.hidden_size):
+        fitting = [hidden // head_dim] if square and hidden % head_dim == 0 else []
+        any_number = [] if square and not by_hand["HIDDEN_SIZE"] else [teacher.num_attention_heads]
+        for heads in by_hand["NUM_ATTENTION_HEADS"] or fitting + any_number:
+            key_value = targets["NUM_KEY_VALUE_HEADS"]
+            if key_value is None and heads % teacher.num_key_value_heads and heads % group == 0:
+                key_value = heads // group
+            shapes = []
+            for neurons in by_hand["INTERMEDIATE_SIZE"] or round_sizes(teacher.intermediate_size):
+                chosen = dict(zip(SIZE_NAMES, (hidden, neurons, heads, key_value), strict=False))
+                try:
+                    sizes = target_sizes(teacher, targets | chosen, targets["LAYERS_TO_DROP"])
+                except PareError:
+                    continue
+                shrunk = math.log(neurons / teacher.intermediate_size) - 2 * math.log(hidden / teacher.hidden_size)
+                shapes.append((abs(count(sizes) / wanted - 1), abs(shrunk), sizes))
+            found += shapes
+            if shapes:  # heads that fit come first
+                break
     smallest, largest = (pick((count(sizes) for _, _, sizes in found), default=0) for pick in (min, max))
     if not found:  # whatever is wrong with the sizes set by hand
         target_sizes(teacher, targets, targets["LAYERS_TO_DROP"])
+        raise PareError(
+            f"TARGET_PARAMS = {targets['TARGET_PARAMS']!r}: no round shape has these sizes. Set all by hand."
+        )
     if not 0.98 * smallest <= wanted <= min(count(teacher), 1.02 * largest):
         raise PareError(
             f"TARGET_PARAMS = {targets['TARGET_PARAMS']!r}: with the other sizes as they are set, this teacher gives "
@@ -587,9 +597,9 @@ def rotation(name: str, source: Source, checkpoint: common.Checkpoint) -> dict:
     if module == common.EMBEDDING:
         return {"rotated": True}
     if local in front:
-        return {"constant": True, "place": front[local], "offset": family.norm_offset}
+        return {"constant": True, "place": front[local], "offset": family.norm_offset, "factor": 1.0}
     if local in behind:
-        return {"constant": True, "place": f"{behind[local]}.output", "mixed": norm_weights(local)}
+        return {"constant": True, "place": f"{behind[local]}.output", "mixed": norm_weights(local), "factor": 1.0}
     if axes[0] == HIDDEN:  # a linear layer that writes to the stream, or its bias
         norm = family.output_norms.get(local)
         return {"mixed": norm_weights(norm) if norm else torch.ones(checkpoint.config.hidden_size, dtype=torch.float64)}
@@ -686,8 +696,8 @@ def cut_piece(tensor: Planned, rows: torch.Tensor, source: Source, refit: Refit 
     """Rows (n, of a row) of a planned tensor: read, cut, averaged or rotated, scaled; in the teacher's dtype."""
     dtype = common.TORCH_DTYPES[tensor.dtype]
     if tensor.constant:
-        return torch.full((len(rows), 1), refit.norm_value(tensor) - tensor.offset, dtype=dtype)
-    if tensor.mixed is not None:
+        y = torch.full((len(rows), 1), refit.norm_value(tensor) - tensor.offset)
+    elif tensor.mixed is not None:
         y = 0
         for index in torch.arange(source.infos[tensor.source].shape[0]).split(256):
             part = cut_rows(tensor, index, source, refit).to(refit.device, torch.float64)
@@ -822,7 +832,9 @@ def portability(raw: dict, family: common.Family, output: str, advice: str) -> l
     vllm, llama = f"vllm serve {output}", f"python convert_hf_to_gguf.py {output} --outtype bf16"
     vllm_problem = llama_problem = "ok"
     if family.square and hidden != heads * head_dim:
-        fit = f"; NUM_ATTENTION_HEADS = {hidden // head_dim} would fit" if hidden % head_dim == 0 else ""
+        fitting, key_value_heads = hidden // head_dim, raw["num_key_value_heads"]
+        legal = hidden % head_dim == 0 and (fitting % key_value_heads == 0 or key_value_heads == heads)
+        fit = f"; NUM_ATTENTION_HEADS = {fitting} would fit" if legal else ""
         llama_problem = f"cannot load HIDDEN_SIZE other than heads x {head_dim}{fit}"
         vllm_problem = f"its own code needs HIDDEN_SIZE = heads x {head_dim}{fit}; this command does without it"
         vllm += " --model-impl transformers"
@@ -834,8 +846,9 @@ def portability(raw: dict, family: common.Family, output: str, advice: str) -> l
     if family.untied and raw.get("tie_word_embeddings"):
         llama_problem = "cannot load tied embeddings of this family"
     scalar = raw.get("query_pre_attn_scalar")
-    if scalar not in (None, head_dim):
-        llama_problem = f"WRONG OUTPUT: assumes query_pre_attn_scalar = {head_dim}, this model has {scalar}"
+    assumed = hidden / heads if raw["num_hidden_layers"] == 62 else head_dim  # it knows Gemma 3 27B by its 62 layers
+    if scalar not in (None, assumed):
+        llama_problem = f"WRONG OUTPUT: assumes query_pre_attn_scalar = {assumed:g}, this model has {scalar}"
     odd = [
         f"{name} = {size}"
         for name, size in (
@@ -936,17 +949,22 @@ def write_student(
     moments: Moments | None,
     checkpoint: common.Checkpoint,
     keep: Keep,
-    rotate: bool,
+    raw: dict,
     device: torch.device,
 ) -> dict[str, str]:
-    """Write and check the weights beside config.json and all else in `folder`; returns file name -> sha256 of all."""
+    """Write config.json `raw` and the weights, and check them; returns file name -> sha256 of all in `folder`."""
     basis = None
-    if rotate:
+    if any(tensor.rotated for tensor in planned):
         size = len(keep.hidden)
         basis = principal_directions(moments, source, checkpoint.family, keep.layers, size, device)
         (folder / BASIS).parent.mkdir()
         save_file({"basis": basis.float().cpu()}, folder / BASIS)
-    files = write_weights(folder, planned, source, Refit(moments, source, device, basis) if moments else None)
+    refit = Refit(moments, source, device, basis) if moments else None
+    squares = [refit.norm_value(tensor) ** 2 for tensor in planned if tensor.constant]
+    if squares:  # ε as in student_config, but of the directions
+        raw = raw | {"rms_norm_eps": checkpoint.config.rms_norm_eps * statistics.mean(squares)}
+    common.write_json(folder / "config.json", raw)
+    files = write_weights(folder, planned, source, refit)
     if moments and REFIT_SAMPLES:
         refit_in_sequence(checkpoint.folder, folder, planned, basis, moments.rows()[:REFIT_SAMPLES], device)
         files = {}  # changed in place
@@ -974,6 +992,8 @@ def print_sizes(before: dict, after: list[Planned], sizes: tuple[Sizes, Sizes]) 
 def open_teacher(checkpoint: common.Checkpoint) -> Source:
     """The teacher's tensors. Raises PareError for one that the family table does not know, or of another shape."""
     infos = common.tensor_infos(checkpoint, "MODEL")
+    if checkpoint.config.tie_word_embeddings:
+        infos.pop(f"{common.LM_HEAD}.weight", None)  # a copy of the embedding that some trainers write
     for name in infos:
         axes_of(checkpoint.family, name)
     shapes = {name: info.shape for name, info in infos.items()}
@@ -987,7 +1007,9 @@ def main() -> Path:
     output, scores_path = common.output_path(OUTPUT_DIR), common.output_path(SCORES_PATH)
     common.check_choice("LAYER_METRIC", LAYER_METRIC, LAYER_METRICS)
     common.check_own_folder(output, "OUTPUT_DIR", "prune.py")
+    common.check_not_negative(targets, "REFIT_SAMPLES")
     scores, device = common.load_scores(scores_path), common.pick_device(DEVICE)
+    device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
     checkpoint = common.find_checkpoint(MODEL, REVISION, "MODEL")
     for constant, path in (("MODEL", checkpoint.folder), ("SCORES_PATH", scores_path)):
         if path.resolve().is_relative_to(output.resolve()):
@@ -1023,15 +1045,15 @@ def main() -> Path:
 
         with common.new_folder(output, "prune.py") as folder:
             common.copy_companions(checkpoint.folder, folder)
-            common.write_json(folder / "config.json", raw)
             (folder / "README.md").write_text(model_card(checkpoint, student, runtimes))
-            files = write_student(folder, planned, source, moments, checkpoint, keep, rotate, device)
+            files = write_student(folder, planned, source, moments, checkpoint, keep, raw, device)
             more = {"teacher": teacher_record(checkpoint, scores), "portability": runtimes, "sha256": files}
             common.write_record(folder, common.run_record(script, **more, kept=kept_record(keep, rotate)))
         print_sizes(source.infos, planned, (teacher, student))
+    revision = f" REVISION={REVISION}" if REVISION else ""
     print("\nWho can load it:")
     common.print_table([[runtime, *more] for runtime, *more in runtimes], right=False)
-    print(f"\nWrote {output}/. Next: uv run distill.py TEACHER={MODEL} STUDENT={output}")
+    print(f"\nWrote {output}/. Next: uv run distill.py TEACHER={MODEL} STUDENT={output}{revision}")
     return output
 
 

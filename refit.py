@@ -9,12 +9,11 @@ Shapes: H hidden, H' kept, F intermediate, S kept and R removed inputs of a line
 import itertools
 import math
 import threading
-from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
 
 import common
 from common import PareError, Source
@@ -34,33 +33,28 @@ class Moments:
     def read(self, layer: int | None, place: str) -> tuple[torch.Tensor, torch.Tensor]:
         """E[x xᵀ] (channels, channels) and E[x] (channels), float32, of a layer's place or of the LM head's input."""
         file = "outside.safetensors" if layer is None else f"layer-{layer}.safetensors"
-        with closing(Source(self.folder, self.infos(file))) as source:
-            moments, mean = source.whole(place), source.whole(f"{place}.mean")
-        if not (moments.sum() + mean.sum()).isfinite():
-            raise self.damaged(self.folder / file)
+        moments, mean = self.tensors(file, place, f"{place}.mean")
         return moments, mean
 
     def rows(self) -> torch.Tensor:
         """The calibration rows (samples, T), int64."""
-        path = self.folder / "rows.safetensors"
-        info = self.infos(path.name)["rows"]
-        data = np.fromfile(path, dtype="<i4", offset=info.start)
-        return torch.from_numpy(data.astype(np.int64)).view(info.shape)
+        return self.tensors("rows.safetensors", "rows")[0].long()
 
-    def infos(self, file: str) -> dict:
+    def tensors(self, file: str, *names: str) -> list[torch.Tensor]:
+        """Tensors of a file of this run, their hashes checked."""
         path = self.folder / file
-        try:
-            if (common.metadata_of(path) or {}).get("fingerprint") == self.identity:
-                return common.read_header(path)
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise self.damaged(path)
-
-    def damaged(self, path: Path) -> PareError:
-        return PareError(
-            f"SCORES_PATH: the second moments in {path} are missing, damaged or of another run.\n"
-            "Run importance_analysis.py again, or set REFIT = False."
-        )
+        record, found = common.pare_metadata(path), []
+        if record.get("fingerprint") == self.identity:
+            with safe_open(path, framework="pt") as opened:
+                found = [opened.get_tensor(name) for name in names]
+        if not found or any(common.hash_scores(x) != record["sha256"][n] for x, n in zip(found, names, strict=True)):
+            raise PareError(
+                f"SCORES_PATH: the second moments in {path} are missing, damaged or of another run.\n"
+                "Run importance_analysis.py again, or set REFIT = False."
+            )
+        if not all(x.float().sum().isfinite() for x in found):
+            raise PareError(f"SCORES_PATH: the second moments in {path} are not finite. Set REFIT = False.")
+        return found
 
 
 def solve_ridge(gram: torch.Tensor, right: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -102,14 +96,14 @@ def principal_directions(
         prefix = "" if layer is None else f"model.layers.{layer}."
         norm = common.FINAL_NORM if layer is None else family.input_norms.get(place)
         block = moments.read(layer, place or common.LM_HEAD)[0].to(device).double()
-        block /= block.trace()
+        block /= block.trace().clamp(min=1e-30)
         energy = energy + block
         for linear in common.PLACES[place] if place else (common.LM_HEAD,):
             weight = source.whole(f"{prefix}{linear}.weight").to(device).double()
             if norm:
                 weight *= source.whole(f"{prefix}{norm}.weight").to(device).double() + family.norm_offset
             gram = weight.T @ weight
-            readers = readers + gram / (gram * block).sum()
+            readers = readers + gram / (gram * block).sum().clamp(min=1e-30)
     values, vectors = torch.linalg.eigh(energy)
     root = values.clamp(min=0).sqrt() * (values > 1e-6 * values[-1])  # where no energy is, nothing is to be kept
     first = torch.linalg.eigh((vectors * root).T @ readers @ (vectors * root)).eigenvectors[:, -size:].flip(1)
@@ -161,15 +155,15 @@ class Refit:
     def __init__(self, moments: Moments, source: Source, device: torch.device, basis: torch.Tensor | None):
         self.moments, self.source, self.device = moments, source, device
         self.basis = None if basis is None else basis.to(device)
-        self.lock, self.known = threading.Lock(), {}
+        self.lock, self.known, self.values = threading.Lock(), {}, {}
 
     def solution(self, tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(R, S) B and (R, 1) shift: weights become W_S + W_R B, biases grow by W_R shift. For a rotated input
         (H, H') M and (H, 1) shift: weights become W M, biases grow by W shift."""
         key = (tensor.layer, tensor.place, tensor.biased)
         with self.lock:
-            if key not in self.known:
-                self.known = {key: self.solve(tensor)}
+            if key not in self.known:  # the last one stays: q, k, v may lie on both sides of o in the file
+                self.known = dict([*list(self.known.items())[-1:], (key, self.solve(tensor))])
             return self.known[key]
 
     def solve(self, tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,11 +183,14 @@ class Refit:
         return matrix, (mean[removed].double() - matrix @ mean[kept].double())[:, None]
 
     def norm_value(self, tensor) -> float:
-        """The one weight of a norm over rotated channels: rms of what it now sees / rms of what it saw."""
-        moments = self.moments.read(tensor.layer, tensor.place)[0].to(self.device).double()
-        seen = self.basis * tensor.mixed.to(self.device) if tensor.mixed is not None else self.basis
-        energy = ((seen @ moments) * seen).sum() / len(seen)
-        return math.sqrt((energy / moments.diagonal().mean()).item())
+        """The one weight of a norm over rotated channels: rms of what it now sees / rms of what it saw; 1 for zeros."""
+        key = (tensor.layer, tensor.place)
+        if key not in self.values:
+            moments = self.moments.read(*key)[0].to(self.device).double()
+            seen = self.basis * tensor.mixed.to(self.device) if tensor.mixed is not None else self.basis
+            energy, before = ((seen @ moments) * seen).sum() / len(seen), moments.diagonal().mean()
+            self.values[key] = math.sqrt((energy / before).item()) if before > 0 else 1.0
+        return self.values[key]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +200,8 @@ class Refit:
 class LayerByLayer:
     """A checkpoint's decoder layers on calibration rows, one layer in memory at a time, float32.
 
-    `hidden` holds the residual stream of every batch at the point reached so far, in the checkpoint's dtype.
+    `hidden` holds the residual stream of every batch at the point reached so far, in the checkpoint's dtype, but in
+    float32 for float16, which is too small for some models' streams.
     """
 
     def __init__(self, folder: Path, batches: list[torch.Tensor], device: torch.device):
@@ -219,7 +217,8 @@ class LayerByLayer:
             self.base.rotary_emb = type(self.base.rotary_emb)(config=config)
         scale = math.sqrt(config.hidden_size) if self.checkpoint.family.scaled_embedding else 1.0
         embed = lambda ids: self.source.rows(f"{common.EMBEDDING}.weight", ids.flatten()).float() * scale  # noqa: E731
-        self.kept_in = common.TORCH_DTYPES[self.source.infos[f"{common.EMBEDDING}.weight"].dtype]
+        dtype = common.TORCH_DTYPES[self.source.infos[f"{common.EMBEDDING}.weight"].dtype]
+        self.kept_in = torch.float32 if dtype == torch.float16 else dtype
         self.hidden = [embed(ids).view(*ids.shape, -1).to(device, self.kept_in) for ids in batches]
         self.calls = {len(hidden): self.layer_calls(hidden.float()) for hidden in self.hidden}
 
@@ -260,6 +259,8 @@ class LayerByLayer:
         """Put rows of a tensor in place of those in the file."""
         info = self.source.infos[name]
         data = weight.cpu().to(common.TORCH_DTYPES[info.dtype]).contiguous()
+        if not data.float().sum().isfinite():
+            raise PareError(f"REFIT_SAMPLES: the refit of {name} is not finite; set REFIT_SAMPLES = 0.")
         start = info.start + first_row * math.prod(info.shape[1:]) * common.DTYPE_BYTES[info.dtype]
         with (self.source.folder / info.file).open("r+b") as file:
             file.seek(start)
@@ -313,7 +314,8 @@ def inputs_at(side: LayerByLayer, index: int, batch: int, place: str) -> tuple[t
 
 
 def place_moments(teacher: LayerByLayer, student: LayerByLayer, index: int, new: int, place: str) -> CrossMoments:
-    """Both layers on every batch; tokens weighted as importance_analysis.py weights them."""
+    """Both layers on every batch; tokens weighted by 1 / mean square of what the norm behind divides by, else of the
+    teacher's stream."""
     moments = CrossMoments()
     normed = place in teacher.checkpoint.family.output_norms
     for batch in range(len(teacher.hidden)):
