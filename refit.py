@@ -57,10 +57,21 @@ class Moments:
         return found
 
 
+def factorize(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The Cholesky factor of gram + λ mean(diag gram) I; λ grows where that is not positive definite in float32."""
+    scale = gram.diagonal().mean().clamp(min=1e-30) * torch.eye(len(gram)).to(gram)
+    for larger in (1, 10, 100):
+        factor, failed = torch.linalg.cholesky_ex(gram + larger * ridge * scale)
+        if not failed:
+            return factor
+    raise PareError(
+        "REFIT: second moments are not finite, or of another model. Set REFIT = False or REFIT_SAMPLES = 0."
+    )
+
+
 def solve_ridge(gram: torch.Tensor, right: torch.Tensor, ridge: float) -> torch.Tensor:
     """right @ (gram + λ mean(diag gram) I)⁻¹ for a symmetric gram, float64."""
-    gram = gram + ridge * gram.diagonal().mean().clamp(min=1e-30) * torch.eye(len(gram)).to(gram)
-    return torch.cholesky_solve(right.T, torch.linalg.cholesky(gram)).T
+    return torch.cholesky_solve(right.T, factorize(gram, ridge)).T
 
 
 def refit_matrix(moments: torch.Tensor, kept: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
@@ -119,8 +130,7 @@ def greedy_neurons(moments: torch.Tensor, weights: torch.Tensor, keep: int) -> t
     """
     weights, count = weights.double(), len(moments)
     step = max(1, int(GREEDY_STEP * count))
-    ridge = RIDGE * moments.diagonal().double().mean().clamp(min=1e-30) * torch.eye(count).to(weights)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments.double() + ridge))
+    inverse = torch.cholesky_inverse(factorize(moments.double(), RIDGE))
     left = torch.arange(count, device=weights.device)
     while len(left) > keep:
         order = (weights.square().sum(0) / inverse.diagonal()).argsort()

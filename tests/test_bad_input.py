@@ -743,7 +743,9 @@ def unlink(path: Path) -> None:
         lambda path: flip_bytes(path, [30]),
         lambda path: flip_bytes(path, range(8, 200)),
         lambda path: edit_header(path, lambda header: header.pop("mlp.down_proj")),
-        lambda path: edit_header(path, lambda header: header["__metadata__"].update(fingerprint="another run")),
+        lambda path: edit_header(path, lambda header: header["__metadata__"].update(pare='{"fingerprint": "1"}')),
+        lambda path: edit_header(path, lambda header: header["__metadata__"].update(pare="nonsense")),
+        lambda path: flip_bytes(path, [common.read_header(path)["mlp.down_proj"].start + 1000]),
         lambda path: save_file({"a": torch.ones(3)}, path),
     ],
 )
@@ -756,13 +758,16 @@ def test_second_moments_that_are_damaged_or_of_another_run(damage, refused, with
 
 def test_second_moments_that_are_not_finite(refused, with_moments):
     path = with_moments.with_suffix(".moments") / "layer-2.safetensors"
-    with common.safe_open(path, framework="pt") as file:
-        record = file.metadata()
+    identity = common.pare_metadata(path)["fingerprint"]
     moments = {name: tensor.clone() for name, tensor in load_file(path).items()}
     moments["mlp.down_proj"][3, 3] = float("nan")
-    save_file(moments, path, record)
+    importance_analysis.save_moments(path, moments, identity)
     message = refused(prune, SCORES_PATH=str(with_moments), INTERMEDIATE_SIZE=40)
-    contains(message, "SCORES_PATH", "layer-2.safetensors", "REFIT = False")
+    contains(message, "SCORES_PATH", "layer-2.safetensors", "not finite", "REFIT = False")
+
+
+def test_fewer_than_no_refit_samples(refused, with_moments):
+    contains(refused(prune, SCORES_PATH=str(with_moments), REFIT_SAMPLES=-1), "REFIT_SAMPLES = -1")
 
 
 def test_unfinished_sums_that_are_damaged_are_left_aside(tmp_path):

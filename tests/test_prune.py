@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -706,6 +707,34 @@ def test_tied_embeddings_stay_tied(family, text, tmp_path):
         assert "lm_head.weight" not in file.keys()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_stored_copy_of_tied_embeddings_is_left_out(family, text, tmp_path):
+    """Some trainers write it; cut or refitted apart from the embedding it would be another model."""
+    source = save_checkpoint(tmp_path / "model", family, tie_word_embeddings=True)
+    weights = load_file(source / "model.safetensors")
+    copy = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    scores = analyse(source, text, tmp_path / "scores.pt", SECOND_MOMENTS=True)
+    expected = logits_of(load(cut(source, scores, tmp_path / "expected", HIDDEN_SIZE=36)), some_ids(300))
+    save_file(weights | copy, source / "model.safetensors", {"format": "pt"})
+    scores = analyse(source, text, tmp_path / "scores.pt", SECOND_MOMENTS=True)
+    student = load(cut(source, scores, tmp_path / "out", HIDDEN_SIZE=36))
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    assert_same_logits(logits_of(student, some_ids(300)), expected)
+
+
+def test_a_tensor_that_the_system_reads_in_parts_is_read_whole(checkpoints, monkeypatch):
+    """Linux reads 2 GiB at most at once."""
+    checkpoint = common.find_checkpoint(str(checkpoints["llama"]), None, "MODEL")
+    source = common.Source(checkpoint.folder, common.tensor_infos(checkpoint, "MODEL"))
+    whole, name = os.preadv, "model.layers.1.mlp.up_proj.weight"
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: whole(file, [buffers[0][:1000]], at))
+    assert torch.equal(source.whole(name), load_file(checkpoint.folder / "model.safetensors")[name])
+    monkeypatch.setattr(os, "preadv", lambda *arguments: 0)
+    with pytest.raises(PareError, match="ended early"):
+        source.whole(name)
+    source.close()
+
+
 def test_a_failed_run_leaves_the_old_result(checkpoints, scores, tmp_path, monkeypatch):
     output = cut(checkpoints["olmo3"], scores["olmo3"], tmp_path / "out", HIDDEN_SIZE=36)
     before = {path.name: path.read_bytes() for path in output.iterdir()}
@@ -805,6 +834,7 @@ def states(family: str, **more) -> dict[str, str]:
         "num_key_value_heads": 8,
         "head_dim": 128,
         "intermediate_size": 6144,
+        "num_hidden_layers": 12,
         "tie_word_embeddings": False,
     }
     lists = {"layer_types": [FULL] * 12}
@@ -822,10 +852,10 @@ def test_every_runtime_takes_portable_sizes(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_hidden_size_other_than_heads_times_head_dim_is_named_where_it_matters(family):
-    found = states(family, hidden_size=2816)
+    found = states(family, hidden_size=2048)
     square = family in ("olmo2", "olmo3", "qwen2")
     for runtime in ("vLLM", "llama.cpp"):
-        assert ("NUM_ATTENTION_HEADS = 22 would fit" in found[runtime]) == square
+        assert ("NUM_ATTENTION_HEADS = 16 would fit" in found[runtime]) == square
         assert (found[runtime] == "ok") == (not square)
     assert found["transformers"] == "ok"
 
@@ -860,6 +890,13 @@ def test_tied_embeddings_and_other_attention_scales_are_named():
     found = states("gemma3_text", query_pre_attn_scalar=168)
     assert "query_pre_attn_scalar" in found["llama.cpp"]
     assert found["transformers"] == "ok"
+    gemma_3_27b = {"hidden_size": 5376, "num_attention_heads": 32, "query_pre_attn_scalar": 168}
+    assert states("gemma3_text", num_hidden_layers=62, **gemma_3_27b)["llama.cpp"] == "ok"
+    assert "128" in states("gemma3_text", num_hidden_layers=60, **gemma_3_27b)["llama.cpp"]
+
+
+def test_heads_that_would_fit_are_named_only_where_they_can_be_set():
+    assert "NUM_ATTENTION_HEADS = 18" not in states("qwen2", hidden_size=2304)["vLLM"]
 
 
 def test_sizes_that_k_quants_do_not_divide_are_named():
@@ -1026,6 +1063,21 @@ def test_sizes_that_are_given_are_kept_and_the_others_meet_the_target():
         assert parameters == pytest.approx(3.6e9, rel=0.02)
         for name, value in given.items():
             assert (value == [1, 2, 3] and sizes.num_hidden_layers == 29) or vars(sizes)[name.lower()] == value
+
+
+def test_heads_that_cannot_follow_a_hidden_size_set_by_hand_stay():
+    """Llama 3 8B: 2304 / 128 = 18 heads serve no whole number of its 8 key-value heads, nor of fewer."""
+    teacher = prune.Sizes(4096, 14336, 32, 8, 32)
+    count = lambda sizes: 1000 * sizes.hidden_size + sizes.intermediate_size * sizes.hidden_size  # noqa: E731
+    targets = dict.fromkeys(prune.SIZE_NAMES) | {"LAYERS_TO_DROP": None, "HIDDEN_SIZE": 2304, "TARGET_PARAMS": "20M"}
+    found = prune.derive_targets(teacher, targets, count, 128)
+    assert [found[name] for name in prune.SIZE_NAMES[:4]] == [2304, 7680, 32, 8]
+
+
+@pytest.mark.parametrize("name", ["HIDDEN_SIZE", "INTERMEDIATE_SIZE", "NUM_ATTENTION_HEADS", "NUM_KEY_VALUE_HEADS"])
+def test_a_size_of_zero_is_not_a_size_left_open(name):
+    with pytest.raises(PareError, match=f"{name} = 0"):
+        targets_of_olmo_3_7b(TARGET_PARAMS="3.6B", **{name: 0})
 
 
 @pytest.mark.parametrize("value", ["9B", "1K", "much", "-3B", "0", ""])

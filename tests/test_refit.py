@@ -1,11 +1,13 @@
 """Least squares against its definition, and teachers from which nothing is lost."""
 
 import json
+import math
 
 import pytest
 import torch
 from conftest import analyse, cut, load, logits_of, save_checkpoint, some_ids
 
+import common
 import refit
 
 MOMENTS = {"SECOND_MOMENTS": True, "SECOND_MOMENT_SAMPLES": 12, "NUM_SAMPLES": 12}
@@ -37,6 +39,15 @@ def test_without_a_ridge_no_other_weights_come_nearer(monkeypatch):
     actual = weight[:, kept] + weight[:, removed] @ matrix
     expected = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution.T
     torch.testing.assert_close(actual, expected)
+
+
+def test_a_ridge_too_small_for_the_rounding_of_the_moments_grows():
+    gram = torch.diag(torch.tensor([1.0, 1.0, -3e-4, 1.0], dtype=torch.float64))
+    factor = refit.factorize(gram, 1e-4)
+    expected = gram + 1e-3 * gram.diagonal().mean() * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(factor @ factor.T, expected)
+    with pytest.raises(common.PareError, match="REFIT"):
+        refit.factorize(gram * math.nan, 1e-4)
 
 
 def test_reading_from_all_directions_is_the_rotation_itself():
@@ -102,16 +113,48 @@ def in_a_plane(model) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-def test_directions_that_are_never_used_are_no_loss(family, text, tmp_path):
-    source = save_checkpoint(tmp_path / "model", family, edit=in_a_plane)
+def test_directions_that_are_never_used_are_no_loss(family, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(refit, "RIDGE", 1e-2)
+    eps = 1e-6 if family == "qwen3" else 0.05  # of its norms over a head's channels too, which stay as they are
+    source = save_checkpoint(tmp_path / "model", family, edit=in_a_plane, rms_norm_eps=eps)
     scores = analyse(source, text, tmp_path / "scores.pt", **MOMENTS)
     rotated = cut(source, scores, tmp_path / "rotated", HIDDEN_SIZE=36, REFIT_SAMPLES=0)
     channels = cut(source, scores, tmp_path / "channels", HIDDEN_SIZE=36, REFIT_SAMPLES=0, ROTATE=False)
     ids = some_ids(300)
     expected = logits_of(load(source), ids)
-    torch.testing.assert_close(logits_of(load(rotated), ids), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(logits_of(load(rotated), ids), expected, rtol=2e-3, atol=2e-3)
     assert (logits_of(load(channels), ids) - expected).abs().max() > 0.1
     assert json.loads((rotated / "pare.json").read_text())["kept"]["hidden"] is None
+
+
+@pytest.mark.parametrize("samples", [0, 12])
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_a_sub_layer_of_zeros_is_no_trouble(family, samples, text, tmp_path):
+    def edit(model):
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+        model.model.layers[2].self_attn.k_proj.weight.zero_()
+
+    source = save_checkpoint(tmp_path / "model", family, edit=edit)
+    scores = analyse(source, text, tmp_path / "scores.pt", **MOMENTS)
+    sizes = {"HIDDEN_SIZE": 36, "INTERMEDIATE_SIZE": 40, "REFIT_SAMPLES": samples}
+    assert logits_of(load(cut(source, scores, tmp_path / "out", **sizes)), some_ids(300)).isfinite().all()
+
+
+def test_a_stream_too_large_for_float16_is_none_in_sequence(text, tmp_path):
+    """Each layer's values fit into float16, their sum does not; scored in float32, as in bfloat16, all is well."""
+
+    def edit(model):
+        model.half().float()
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight *= 20000
+
+    source = save_checkpoint(tmp_path / "model", "mistral", edit=edit)
+    load(source).half().save_pretrained(source)
+    stream = load(source).model(some_ids(300), output_hidden_states=True).hidden_states
+    assert max(state.abs().max() for state in stream) > 66000
+    scores = analyse(source, text, tmp_path / "scores.pt", **MOMENTS)
+    student = load(cut(source, scores, tmp_path / "out", INTERMEDIATE_SIZE=40, REFIT_SAMPLES=12))
+    assert logits_of(student, some_ids(300)).isfinite().all()
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo3", "smollm3", "gemma3_text"])
