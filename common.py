@@ -22,7 +22,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -127,8 +127,15 @@ def run(script: types.ModuleType) -> None:
         sys.exit(130)
 
 
-def output_path(value: str) -> Path:
-    return Path(value).expanduser()
+def output_path(constant: str, value: str) -> Path:
+    path = Path(value).expanduser()
+    try:
+        path.is_symlink()
+    except (OSError, ValueError) as error:  # too long, or with a zero byte
+        raise PareError(f"{constant} = {value!r} is no path: {first_line(error)}.") from None
+    if not path.name:
+        raise PareError(f"{constant} = {value!r} is no name of its own. Choose one.")
+    return path
 
 
 def check_choice(name: str, value, choices: Iterable) -> None:
@@ -144,7 +151,7 @@ def check_positive(constants: dict, *names: str) -> None:
 
 def check_not_negative(constants: dict, *names: str) -> None:
     for name in names:
-        if constants[name] < 0:
+        if not constants[name] >= 0:
             raise PareError(f"{name} = {constants[name]} must be 0 or more.")
 
 
@@ -375,6 +382,12 @@ class Checkpoint:
     family: Family
 
     @property
+    def again(self) -> str:
+        """Advice for damaged files."""
+        hub = f"Run `hf download {self.name} --revision {self.revision} --force-download`."
+        return hub if self.revision else "Download the model again."
+
+    @property
     def head_dim(self) -> int:
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
 
@@ -392,27 +405,36 @@ TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 LOCAL_OR_DEMO = "A local folder works too, and `uv run demo.py` needs no network."
 
 
-def find_checkpoint(name: str, revision: str | None, constant: str) -> Checkpoint:
+def find_checkpoint(
+    name: str, revision: str | None, constant: str, check: Callable = lambda checkpoint: None
+) -> Checkpoint:
     """Find a model by folder or Hub id (downloading what is not in the cache) and read its config.
 
-    Raises PareError, naming `constant`, for a model that is not there, cannot be reached or is not supported.
+    `check(checkpoint)` may refuse it by its config, before weights are downloaded. Raises PareError, naming `constant`,
+    for a model that is not there, cannot be reached or is not supported.
     """
     check_transformers()
     folder = Path(name).expanduser()
+    if "\0" in name:
+        raise PareError(f"{constant} = {name!r} is no name. Give a folder with a checkpoint, or a Hub id.")
     if folder.is_dir():
         revision = None
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise PareError(f"{constant} = {name!r} is not a folder. Give a folder with a checkpoint, or a Hub id.")
     else:
-        folder = download_checkpoint(name, revision, constant)
+        folder = download_checkpoint(name, revision, constant, ["config.json"])
         revision = folder.name  # the commit
-    if not (folder / "config.json").is_file():
-        raise PareError(f"{constant} = {name!r} holds no config.json, so it is not a Hugging Face checkpoint.")
     try:
         raw = json.loads((folder / "config.json").read_text())
         model_type = raw.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise PareError(f"{constant} = {name!r}: config.json is damaged ({error}). Download it again.") from None
+    except FileNotFoundError:
+        raise PareError(
+            f"{constant} = {name!r} holds no config.json, so it is not a Hugging Face checkpoint."
+        ) from None
+    except (ValueError, AttributeError, OSError) as error:
+        raise PareError(
+            f"{constant} = {name!r}: config.json is damaged, or cannot be read ({error}). Download it again."
+        ) from None
     if model_type not in FAMILIES:
         raise PareError(
             f"{constant} = {name!r} is of the family {model_type!r}, which Pare does not know (nor any "
@@ -426,23 +448,26 @@ def find_checkpoint(name: str, revision: str | None, constant: str) -> Checkpoin
     config = parse_config(transformers.CONFIG_MAPPING[model_type], raw, f"{constant} = {name!r}")
     if FAMILIES[model_type].rope_per_layer_type:
         check_rope(config, f"{constant} = {name!r}")
-    return Checkpoint(name, folder, revision, raw, config, FAMILIES[model_type])
+    checkpoint = Checkpoint(name, folder, revision, raw, config, FAMILIES[model_type])
+    check(checkpoint)
+    if revision:
+        download_checkpoint(name, revision, constant, ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
+    return checkpoint
 
 
 def parse_config(config_class, raw: dict, what: str) -> transformers.PreTrainedConfig:
     """config.json as transformers reads it. Raises PareError where it refuses."""
     try:
         return config_class.from_dict(copy.deepcopy(raw))  # it edits what it is given
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise PareError(f"transformers refuses {what}: {reason}") from None
 
 
-def download_checkpoint(name: str, revision: str | None, constant: str) -> Path:
-    """The local snapshot of a Hub repository: safetensors, configs and tokenizer, never a pickle."""
+def download_checkpoint(name: str, revision: str | None, constant: str, wanted: list[str]) -> Path:
+    """The local snapshot of a Hub repository: the files `wanted`, never a pickle."""
     from huggingface_hub import errors, snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["original/*"]))
     except errors.GatedRepoError:
@@ -508,25 +533,29 @@ def tensor_infos(checkpoint: Checkpoint, constant: str) -> dict[str, TensorInfo]
         if not all(isinstance(file, str) for file in weight_map.values()):
             raise TypeError
     except (ValueError, KeyError, TypeError):
-        raise PareError(f"{what}: {index.name} is damaged. Download the model again.") from None
+        raise PareError(f"{what}: {index.name} is damaged. {checkpoint.again}") from None
+    except OSError as error:
+        raise PareError(f"{what} cannot be read ({first_line(error)}).") from None
     files = sorted(set(weight_map.values())) or ["model.safetensors"]
-    if any(Path(file).name != file for file in files):
+    if any(Path(file).name != file or file in ("", "..") for file in files):
         raise PareError(f"{what}: {index.name} points outside its folder; this checkpoint is not to be trusted.")
     missing = [file for file in files if not (folder / file).is_file()]
+    if missing and not weight_map and any(folder.glob("model-*.safetensors")):
+        missing = [index.name]
     if missing:
         raise PareError(
-            f"{what} lacks {', '.join(missing[:3])}. Pare reads safetensors only; download the model again, or convert "
-            "it with save_pretrained."
+            f"{what} lacks {first_names(missing)}. Pare reads safetensors only (save_pretrained converts others). "
+            f"{checkpoint.again}"
         )
     infos = {}
     for file in files:
         try:
             infos |= read_header(folder / file)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PareError(f"{what}: {file} is damaged ({first_line(error)}). Download the model again.") from None
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise PareError(f"{what}: {file} is damaged ({first_line(error)}). {checkpoint.again}") from None
     if weight_map and set(weight_map) != set(infos):
         lost = sorted(set(weight_map) ^ set(infos))
-        raise PareError(f"{what}: {index.name} and the files disagree on {lost[0]}. Download the model again.")
+        raise PareError(f"{what}: {index.name} and the files disagree on {first_names(lost)}. {checkpoint.again}")
     return infos
 
 
@@ -642,6 +671,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
     """
     what = f"{constant} = {checkpoint.name!r}"
     infos = tensor_infos(checkpoint, constant)  # the clear messages come from here
+    check_hashes(checkpoint, constant)
     num_bytes = dtype.itemsize * sum(math.prod(info.shape) for info in infos.values())
     spread = device.type == "cuda" and rank_and_world()[1] == 1 and num_bytes > 0.8 * torch.cuda.mem_get_info(device)[0]
     transformers.utils.logging.disable_progress_bar()
@@ -662,20 +692,35 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
             raise PareError(f"{what} does not fit on DEVICE = {str(device)!r} in {dtype}.") from None
         shapes = "ignore_mismatched_sizes" in str(error)
         reason = "weights and config.json disagree on shapes" if shapes else first_line(error)
-        raise PareError(f"{what} does not load: {reason}. Download the model again.") from None
+        raise PareError(f"{what} does not load: {reason}. {checkpoint.again}") from None
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[kind])
             raise PareError(
-                f"{what}: weights and config.json disagree; {kind.replace('_', ' ')}: {', '.join(names[:3])}"
-                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}. Download the model again."
+                f"{what}: weights and config.json disagree; {kind.replace('_', ' ')}: {first_names(names)}. "
+                f"{checkpoint.again}"
             )
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise PareError(f"{what}: {name} holds values that are not finite. Download the model again.")
+            raise PareError(f"{what}: {name} holds values that are not finite. {checkpoint.again}")
     return model.eval()
+
+
+def check_hashes(checkpoint: Checkpoint, constant: str) -> None:
+    """Compare the weights of a model that prune.py wrote with the hashes in its pare.json."""
+    try:
+        hashes = json.loads((checkpoint.folder / "pare.json").read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for file in {info.file for info in tensor_infos(checkpoint, constant).values()} & set(hashes):
+        if hash_file(checkpoint.folder / file) != hashes[file]:
+            raise PareError(f"{constant} = {checkpoint.name!r}: {file} is damaged. Run prune.py again.")
+
+
+def first_names(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_length(checkpoint: Checkpoint, length: int, constant: str) -> None:
@@ -845,7 +890,7 @@ def pack_rows(
 
 def check_own_folder(path: Path, constant: str, script: str) -> None:
     """Refuse to write over anything but an empty folder or one whose pare.json names the same script."""
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    parent = existing_parent(path)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise PareError(f"{constant} = {str(path)!r}: {parent} is not a folder that can be written. Choose another.")
     if not path.exists() or (path.is_dir() and {file.name for file in path.iterdir()} <= {".pare.json.tmp"}):
@@ -863,6 +908,17 @@ def check_own_folder(path: Path, constant: str, script: str) -> None:
     if foreign:
         raise PareError(
             f"{constant} = {str(path)!r} holds files that Pare did not write, as {foreign[0]}. Move them away."
+        )
+
+
+def existing_parent(path: Path) -> Path:
+    return next(folder for folder in path.absolute().parents if folder.exists())
+
+
+def check_outside(path: Path, checkpoint: Checkpoint, constant: str) -> None:
+    if path.resolve().is_relative_to(checkpoint.folder.resolve()):
+        raise PareError(
+            f"{constant} = {str(path)!r} lies in the folder of MODEL, where Pare never writes. Choose another."
         )
 
 
@@ -925,7 +981,8 @@ def lock(path: Path, constant: str, rank: int = 0) -> Iterator[None]:
     if rank:
         yield
         return
-    name = path.absolute().with_name(f".{path.name}.lock")
+    path = path.resolve()  # behind a link lies the same folder
+    name = path.with_name(f".{path.name}.lock")
     while True:
         try:
             name.parent.mkdir(parents=True, exist_ok=True)
@@ -992,8 +1049,12 @@ def replace_file(path: Path, write) -> None:
         write(temporary)
         sync_file(temporary)
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise PareError(f"{path} could not be written ({first_line(error)}); what was there is untouched.") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(existing_parent(path)).free
+        raise PareError(
+            f"{path} could not be written ({first_line(error)}); {free / 1e9:.1f} GB are free there. What was there is "
+            "untouched."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -162,7 +162,7 @@ def main() -> Path:
     started = time.monotonic()
     script = sys.modules[__name__]
     common.check_positive(common.read_constants(script), "NUM_SAMPLES", "TRAIN_TOKENS", "SAMPLE_TOKENS")
-    output = common.output_path(OUTPUT_DIR)
+    output = common.output_path("OUTPUT_DIR", OUTPUT_DIR)
     common.check_own_folder(output, "OUTPUT_DIR", "demo.py")
     if output.exists():
         shutil.rmtree(output)

@@ -732,7 +732,7 @@ def load_pair(teacher_checkpoint, student_checkpoint, settings) -> tuple:
 def main() -> Path:
     constants = common.read_constants(sys.modules[__name__])
     settings = derive_settings(constants)
-    output = common.output_path(OUTPUT_DIR)
+    output = common.output_path("OUTPUT_DIR", OUTPUT_DIR)
     metrics_path = output / "metrics.jsonl"
     common.check_own_folder(output, "OUTPUT_DIR", "distill.py")
     teacher_checkpoint, student_checkpoint = find_pair(output, settings)

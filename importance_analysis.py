@@ -15,8 +15,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -488,17 +490,27 @@ def write_moments(model, family: common.Family, files: dict, rows: torch.Tensor,
                 save_moments(folder / name, means, identity)
 
 
-def check_moments_room(files: dict[str, dict[str, int]], folder: Path) -> None:
+def check_moments_room(files: dict[str, dict[str, int]], folder: Path, temporary: Path) -> None:
     """Print what the second moments take, and refuse where the disk is too small or the folder holds other things."""
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {*files, ROWS}):
+    ours = re.compile(r"layer-\d+\.safetensors|outside\.safetensors|rows\.safetensors")
+    if folder.exists() and not (folder.is_dir() and all(ours.fullmatch(path.name) for path in folder.iterdir())):
         raise PareError(f"SCORES_PATH = {SCORES_PATH!r}: {folder} is in the way of the second moments; rename it.")
-    needed, free = sum(map(moment_bytes, files.values())), shutil.disk_usage(folder.parent).free
+    done = sum(path.stat().st_size for path in temporary.glob("*.safetensors"))  # by a run that was killed
+    needed, free = sum(map(moment_bytes, files.values())) - done, shutil.disk_usage(folder.parent).free
     print(f"second moments: {needed / 1e9:.1f} GB on disk in {folder}/ ({free / 1e9:.1f} GB are free)")
     if needed > free:
         raise PareError(
             f"SECOND_MOMENTS = True needs {needed / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are "
             "free. Set SCORES_PATH on a larger disk, or SECOND_MOMENTS = False."
         )
+
+
+def clear_leftovers(folder: Path, names: set[str]) -> None:
+    """Make the folder, without files of a killed run over another model."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -643,8 +655,8 @@ def check_scores_path(path: Path) -> None:
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        common.replace_file(path.with_suffix(".tmp"), lambda temporary: temporary.write_text(""))
-        path.with_suffix(".tmp").unlink()
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
         raise PareError(f"SCORES_PATH = {str(path)!r} cannot be written ({common.first_line(error)}).") from None
 
@@ -658,22 +670,27 @@ def score(checkpoint, rows: torch.Tensor, meta: dict, scores_path: Path, device,
     rank, world = common.rank_and_world()
     family, config = checkpoint.family, checkpoint.config
     moments, files = scores_path.with_suffix(".moments"), moment_files(config, checkpoint)
+    temporary = moments.with_name(f".{moments.name}.tmp")
     if SECOND_MOMENTS:
-        check_moments_room(files, moments)
+        check_moments_room(files, moments, temporary)
     model = common.load_model(checkpoint, dtype, device, "MODEL")
     run = meta | {"rank": rank, "world": world, "batch_size": BATCH_SIZE, "dtype": str(dtype), "device": device.type}
     partial = scores_path.with_name(f".{scores_path.stem}.partial-{rank}-of-{world}.safetensors")
     sums = Sums(partial, fingerprint(run | {"depth": LAYER_PERPLEXITY_SAMPLES}), 60 * SAVE_MINUTES)
     mine, half = rows[rank::world], (torch.arange(len(rows)) % 2)[rank::world]
 
+    with torch.inference_mode():
+        first = rows[:1, :LOSS_TOKENS].to(model.device)
+        perplexity = model(input_ids=first, labels=first, use_cache=False).loss.exp().item()
+    print(f"perplexity of the first {first.shape[1]} tokens: {perplexity:.4g} (of sound models on text, 3 to 100)")
     measure(model.base_model, family, mine, half, BATCH_SIZE, sums)
     if LAYER_PERPLEXITY:
         depth = rows[:LAYER_PERPLEXITY_SAMPLES][rank::world]
         measure_perplexity(model, depth, half[: len(depth)], BATCH_SIZE, sums)
     if SECOND_MOMENTS:
-        temporary = moments.with_name(f".{moments.name}.tmp")
-        temporary.mkdir(exist_ok=True)
         some = rows[:SECOND_MOMENT_SAMPLES][rank::world]
+        if rank == 0:
+            clear_leftovers(temporary, {*files, ROWS})
         write_moments(model, family, files, some, BATCH_SIZE, temporary, meta["moments"])
         if rank == 0:
             save_moments(temporary / ROWS, {"rows": rows[:SECOND_MOMENT_SAMPLES].int()}, meta["moments"])
@@ -691,10 +708,13 @@ def main() -> Path:
         samples = ("NUM_SAMPLES", "LAYER_PERPLEXITY_SAMPLES", "SECOND_MOMENT_SAMPLES")
         common.check_positive(constants, *samples, "SEQUENCE_LENGTH", "BATCH_SIZE")
         common.check_not_negative(constants, "SEED", "SAVE_MINUTES")
+        for name in ("NUM_SAMPLES", "SEQUENCE_LENGTH"):  # two halves to compare; a next token to predict
+            if constants[name] < 2:
+                raise PareError(f"{name} = {constants[name]} must be 2 or more.")
         for name in samples:
             if constants[name] < world:
                 raise PareError(f"{name} = {constants[name]}: each of the {world} processes needs at least one.")
-        scores_path = common.output_path(SCORES_PATH)
+        scores_path = common.output_path("SCORES_PATH", SCORES_PATH)
         with common.lock(scores_path, "SCORES_PATH", rank):
             return analyse(script, scores_path, rank)
 
@@ -705,9 +725,10 @@ def analyse(script, scores_path: Path, rank: int) -> Path:
         check_scores_path(scores_path)
     device = common.pick_device(DEVICE)
     dtype = common.pick_dtype(DTYPE, device)
-    checkpoint = common.find_checkpoint(MODEL, REVISION, "MODEL")
+    check_length = lambda found: common.check_length(found, SEQUENCE_LENGTH, "MODEL")  # noqa: E731
+    checkpoint = common.find_checkpoint(MODEL, REVISION, "MODEL", check_length)
+    common.check_outside(scores_path, checkpoint, "SCORES_PATH")
     config = checkpoint.config
-    common.check_length(checkpoint, SEQUENCE_LENGTH, "MODEL")
     tokenizer = common.load_tokenizer(checkpoint, "MODEL")
     documents = common.open_text(DATASET, DATASET_CONFIG, DATASET_SPLIT, TEXT_COLUMN, shuffle_seed=SEED)
     what = f"DATASET = {DATASET!r}"
@@ -726,7 +747,7 @@ def analyse(script, scores_path: Path, rank: int) -> Path:
     except torch.OutOfMemoryError:
         advice = f"Set BATCH_SIZE = {BATCH_SIZE // 2}." if BATCH_SIZE > 1 else "Lower SEQUENCE_LENGTH."
         raise PareError(f"BATCH_SIZE = {BATCH_SIZE} does not fit on {device}. {advice}") from None
-    if not all(math.isfinite(value) for value in scores["layer"].values()):
+    if not all_finite(scores):
         raise PareError(f"MODEL = {MODEL!r} gives activations that are not finite in {dtype}; try DTYPE = 'float32'.")
     scores["meta"] = common.run_record(
         script,
@@ -744,15 +765,22 @@ def analyse(script, scores_path: Path, rank: int) -> Path:
     return scores_path
 
 
+def all_finite(value) -> bool:
+    if isinstance(value, dict):
+        return all(map(all_finite, value.values()))
+    return bool(torch.as_tensor(value).isfinite().all())
+
+
 def write(scores: dict, halves: list[dict], layer_types: list[str], scores_path: Path) -> None:
-    """Put everything in place, the score file after the moments that it names, and report."""
+    """Put everything in place and report. The old moments stay until the score file is new: if a kill comes between
+    the two, the same command puts the finished new ones in their place."""
     moments = scores_path.with_suffix(".moments")
+    common.save_scores(scores, scores_path)
     if scores["meta"]["moments"]:
         common.replace_folder(moments.with_name(f".{moments.name}.tmp"), moments)
-    common.save_scores(scores, scores_path)
-    plot(scores, layer_types, scores_path.with_suffix(".png"))
     for partial in scores_path.parent.glob(f".{scores_path.stem}.partial-*.safetensors"):
         partial.unlink()
+    plot(scores, layer_types, scores_path.with_suffix(".png"))
     report(scores, halves, layer_types, scores["meta"]["num_samples"])
     print(f"\nWrote {scores_path} and {scores_path.with_suffix('.png')}. Next: uv run prune.py")
 

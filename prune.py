@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 
 import common
 from common import HIDDEN, KEY_VALUE, NEURONS, QUERY, WHOLE, PareError, Source
-from refit import Moments, Refit, greedy_neurons, principal_directions, refit_in_sequence
+from refit import Moments, Refit, greedy_neurons, principal_directions, read_finite, refit_in_sequence
 
 MODEL: str = "allenai/Olmo-3-7B-Instruct"  # the teacher: Hub id or local folder
 REVISION: str | None = None  # commit, tag or branch of a Hub id
@@ -152,14 +152,24 @@ def target_layers(num_layers: int, target: int | None, layers_to_drop: list[int]
     return left
 
 
+def check_targets(checkpoint: common.Checkpoint, targets: dict) -> None:
+    """Refuse impossible sizes by config.json alone, before a large download."""
+    teacher = sizes_of(checkpoint.config)
+    check_sizes(teacher, targets)
+    if targets["TARGET_PARAMS"] is None:
+        target_sizes(teacher, targets, targets["LAYERS_TO_DROP"])
+    else:
+        parse_params(targets["TARGET_PARAMS"])
+
+
 def parse_params(text: str) -> float:
     """ "3.6B", "900M", "12K" or a plain number."""
-    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([BMK]?)", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([BMK]?)", text.strip(), re.IGNORECASE)
     try:
         count = float(match[1]) * {"B": 1e9, "M": 1e6, "K": 1e3, "": 1}[match[2].upper()]
     except (TypeError, ValueError):
         count = 0
-    if not 0 < count < math.inf:
+    if not 1000 <= count < math.inf:
         raise PareError(f"TARGET_PARAMS = {text!r} must be a number of parameters such as '3.6B' or '900M'.")
     return count
 
@@ -340,9 +350,9 @@ def choose_neurons(keep: Keep, count: int, source: Source, moments: Moments, che
     progress = common.Progress(len(keep.layers), "layers", "choosing neurons")
     norm = checkpoint.family.output_norms.get(common.NEURONS_AT)
     for layer in keep.layers:
-        weights = source.whole(f"model.layers.{layer}.{common.NEURONS_AT}.weight").to(device).double()
+        weights = read_finite(source, f"model.layers.{layer}.{common.NEURONS_AT}.weight", device)
         if norm:
-            scale = source.whole(f"model.layers.{layer}.{norm}.weight").to(device).double()
+            scale = read_finite(source, f"model.layers.{layer}.{norm}.weight", device)
             weights = weights * (scale + checkpoint.family.norm_offset)[:, None]
         keep.neurons[layer] = greedy_neurons(moments.read(layer, common.NEURONS_AT)[0].to(device), weights, count)
         progress.update(1)
@@ -592,7 +602,7 @@ def rotation(name: str, source: Source, checkpoint: common.Checkpoint) -> dict:
     front = {norm: place for place, norm in family.input_norms.items()} | {common.FINAL_NORM: common.LM_HEAD}
 
     def norm_weights(norm: str) -> torch.Tensor:
-        return source.whole(f"{prefix}{norm}.weight").double() + family.norm_offset
+        return read_finite(source, f"{prefix}{norm}.weight", torch.device("cpu")) + family.norm_offset
 
     if module == common.EMBEDDING:
         return {"rotated": True}
@@ -615,10 +625,9 @@ def check_shapes(config, shapes: dict[str, tuple], what: str) -> None:
         del expected["lm_head.weight"]
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if wrong:
-        name = wrong[0]
+        named = [f"{name} ({expected.get(name, 'none')} and {shapes.get(name, 'none')})" for name in wrong]
         raise PareError(
-            f"{what}: config.json and weights disagree on {len(wrong)} tensors, the first {name}: "
-            f"{expected.get(name, 'none')} and {shapes.get(name, 'none')}. Download the model again."
+            f"{what}: config.json and weights disagree on {common.first_names(named)}. Download the model again."
         )
 
 
@@ -1004,16 +1013,17 @@ def open_teacher(checkpoint: common.Checkpoint) -> Source:
 def main() -> Path:
     script = sys.modules[__name__]
     targets = common.read_constants(script)
-    output, scores_path = common.output_path(OUTPUT_DIR), common.output_path(SCORES_PATH)
+    output, scores_path = (common.output_path(name, targets[name]) for name in ("OUTPUT_DIR", "SCORES_PATH"))
     common.check_choice("LAYER_METRIC", LAYER_METRIC, LAYER_METRICS)
     common.check_own_folder(output, "OUTPUT_DIR", "prune.py")
     common.check_not_negative(targets, "REFIT_SAMPLES")
     scores, device = common.load_scores(scores_path), common.pick_device(DEVICE)
     device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
-    checkpoint = common.find_checkpoint(MODEL, REVISION, "MODEL")
+    checkpoint = common.find_checkpoint(MODEL, REVISION, "MODEL", lambda found: check_targets(found, targets))
     for constant, path in (("MODEL", checkpoint.folder), ("SCORES_PATH", scores_path)):
         if path.resolve().is_relative_to(output.resolve()):
             raise PareError(f"OUTPUT_DIR = {OUTPUT_DIR!r} is, or holds, {constant} itself; choose another.")
+    common.check_outside(output, checkpoint, "OUTPUT_DIR")
     with common.lock(output, "OUTPUT_DIR"), closing(open_teacher(checkpoint)) as source:
         config, teacher = checkpoint.config, sizes_of(checkpoint.config)
         count = parameter_counter(source.infos, checkpoint)
@@ -1026,6 +1036,8 @@ def main() -> Path:
         check_scores(scores, checkpoint, scores_path)
         check_room(output, new / old * sum(map(bytes_of, source.infos.values())))
         moments = open_moments(scores, scores_path)
+        if moments:
+            moments.check(teacher.num_hidden_layers, not config.tie_word_embeddings)
 
         drop = drop_layers(scores, common.layer_types_of(config), student.num_hidden_layers)
         keep = choose(scores, teacher, student, [i for i in range(teacher.num_hidden_layers) if i not in drop])

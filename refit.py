@@ -36,6 +36,12 @@ class Moments:
         moments, mean = self.tensors(file, place, f"{place}.mean")
         return moments, mean
 
+    def check(self, num_layers: int, head: bool) -> None:
+        """That every file is there and of this run; their tensors are checked when they are read."""
+        layers = (f"layer-{layer}.safetensors" for layer in range(num_layers))
+        for file in (*layers, *(["outside.safetensors"] if head else []), "rows.safetensors"):
+            self.tensors(file)
+
     def rows(self) -> torch.Tensor:
         """The calibration rows (samples, T), int64."""
         return self.tensors("rows.safetensors", "rows")[0].long()
@@ -43,11 +49,11 @@ class Moments:
     def tensors(self, file: str, *names: str) -> list[torch.Tensor]:
         """Tensors of a file of this run, their hashes checked."""
         path = self.folder / file
-        record, found = common.pare_metadata(path), []
+        record, found = common.pare_metadata(path), None
         if record.get("fingerprint") == self.identity:
             with safe_open(path, framework="pt") as opened:
                 found = [opened.get_tensor(name) for name in names]
-        if not found or any(common.hash_scores(x) != record["sha256"][n] for x, n in zip(found, names, strict=True)):
+        if found is None or [common.hash_scores(x) for x in found] != [record["sha256"][name] for name in names]:
             raise PareError(
                 f"SCORES_PATH: the second moments in {path} are missing, damaged or of another run.\n"
                 "Run importance_analysis.py again, or set REFIT = False."
@@ -55,6 +61,14 @@ class Moments:
         if not all(x.float().sum().isfinite() for x in found):
             raise PareError(f"SCORES_PATH: the second moments in {path} are not finite. Set REFIT = False.")
         return found
+
+
+def read_finite(source: Source, name: str, device: torch.device) -> torch.Tensor:
+    """A tensor of the teacher, float64."""
+    x = source.whole(name).to(device).double()
+    if not x.sum().isfinite():
+        raise PareError(f"MODEL: {name} holds values that are not finite. Download the model again.")
+    return x
 
 
 def factorize(gram: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -110,9 +124,9 @@ def principal_directions(
         block /= block.trace().clamp(min=1e-30)
         energy = energy + block
         for linear in common.PLACES[place] if place else (common.LM_HEAD,):
-            weight = source.whole(f"{prefix}{linear}.weight").to(device).double()
+            weight = read_finite(source, f"{prefix}{linear}.weight", device)
             if norm:
-                weight *= source.whole(f"{prefix}{norm}.weight").to(device).double() + family.norm_offset
+                weight *= read_finite(source, f"{prefix}{norm}.weight", device) + family.norm_offset
             gram = weight.T @ weight
             readers = readers + gram / (gram * block).sum().clamp(min=1e-30)
     values, vectors = torch.linalg.eigh(energy)
