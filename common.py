@@ -130,7 +130,9 @@ def run(script: types.ModuleType) -> None:
 def output_path(constant: str, value: str) -> Path:
     path = Path(value).expanduser()
     try:
-        path.is_symlink()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
     except (OSError, ValueError) as error:  # too long, or with a zero byte
         raise PareError(f"{constant} = {value!r} is no path: {first_line(error)}.") from None
     if not path.name:
@@ -703,7 +705,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
                 f"{checkpoint.again}"
             )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():  # on meta: waits in the CPU's memory
             raise PareError(f"{what}: {name} holds values that are not finite. {checkpoint.again}")
     return model.eval()
 

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import common
@@ -37,10 +38,10 @@ DATASET_SPLIT: str = "train"  # local files have this one only
 TEXT_COLUMN: str = "text"  # the column of DATASET that holds the documents
 NUM_SAMPLES: int = 1024  # calibration rows (arXiv 2407.14679 §4)
 SEQUENCE_LENGTH: int = 4096  # tokens per row
-BATCH_SIZE: int = 4  # rows per forward pass; the scores do not depend on it
+BATCH_SIZE: int = 4  # rows per forward pass; the scores depend on it by rounding only
 LAYER_PERPLEXITY: bool = True  # also the perplexity without each layer: half a forward pass per layer
 LAYER_PERPLEXITY_SAMPLES: int = 32  # of the calibration rows, for that
-SECOND_MOMENTS: bool = True  # also what prune.py needs to refit what it cuts: 22 GB on disk for a 7B model
+SECOND_MOMENTS: bool = True  # also what prune.py needs to refit what it cuts: 26 GB on disk for a 7B model
 SECOND_MOMENT_SAMPLES: int = 256  # of the calibration rows, for that; about 100 tokens per neuron are plenty
 SCORES_PATH: str = "importance_scores.pt"  # beside it the picture, as .png, and the folder .moments
 SAVE_MINUTES: float = 5.0  # unfinished sums are saved this often
@@ -202,8 +203,8 @@ class Hooks:
         cosine = products.sum(-1) / norms  # (B, T)
         self.sums.add(name, 1 - cosine.mean(dim=1, keepdim=True), self.half)
         if not self.stream:
-            self.stream.append(strided(x))
-        self.stream.append(strided(y))
+            self.stream.append(strided(x).clone())  # a view would keep all of x
+        self.stream.append(strided(y).clone())
 
     def start_batch(self, half: torch.Tensor) -> None:
         self.half, self.stream, self.last = half, [], None
@@ -332,6 +333,14 @@ def measure_perplexity(model, rows: torch.Tensor, half: torch.Tensor, batch_size
     run_stage("layer perplexity", sums, rows, half, batch_size, step)
 
 
+@torch.inference_mode()
+def print_perplexity(model, rows: torch.Tensor) -> None:
+    """Of the model before all else: damaged weights may be finite."""
+    rows = rows.to(model.device)
+    perplexity = model(input_ids=rows, labels=rows, use_cache=False).loss.exp().item()
+    print(f"perplexity of the first {rows.numel()} tokens: {perplexity:.4g} (of sound models on text: 3 to 100)")
+
+
 def perplexities_of(sums: dict[str, torch.Tensor]) -> dict:
     """`perplexity` of the model and `layer_perplexity` without each layer."""
     *losses, count = sums["removal"].sum(0).tolist()
@@ -362,7 +371,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(0.8 * torch.cuda.mem_get_info(device)[0])
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return int(0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes)
+    try:
+        available = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):  # not Linux
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    return int(0.8 * available / processes)
 
 
 def plan_passes(files: dict[str, dict[str, int]], budget: int) -> list[dict[str, dict[str, int]]]:
@@ -496,8 +509,8 @@ def check_moments_room(files: dict[str, dict[str, int]], folder: Path, temporary
     if folder.exists() and not (folder.is_dir() and all(ours.fullmatch(path.name) for path in folder.iterdir())):
         raise PareError(f"SCORES_PATH = {SCORES_PATH!r}: {folder} is in the way of the second moments; rename it.")
     done = sum(path.stat().st_size for path in temporary.glob("*.safetensors"))  # by a run that was killed
-    needed, free = sum(map(moment_bytes, files.values())) - done, shutil.disk_usage(folder.parent).free
-    print(f"second moments: {needed / 1e9:.1f} GB on disk in {folder}/ ({free / 1e9:.1f} GB are free)")
+    needed, free = max(0, sum(map(moment_bytes, files.values())) - done), shutil.disk_usage(folder.parent).free
+    print(f"second moments: {needed / 1e9:.1f} GB more on disk in {folder}/ ({free / 1e9:.1f} GB are free)")
     if needed > free:
         raise PareError(
             f"SECOND_MOMENTS = True needs {needed / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are "
@@ -518,8 +531,9 @@ def clear_leftovers(folder: Path, names: set[str]) -> None:
 
 
 def hash_rows(rows: torch.Tensor) -> str:
-    """The fingerprint of token ids: sha256 of their int32 bytes."""
-    return hashlib.sha256(rows.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
+    """The fingerprint of token ids: sha256 of their shape and int32 bytes."""
+    content = f"{tuple(rows.shape)}".encode() + rows.to(torch.int32).contiguous().numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def calibration_rows(documents, tokenizer, num_samples: int, length: int, vocab_size: int, what: str) -> torch.Tensor:
@@ -648,7 +662,12 @@ def check_scores_path(path: Path) -> None:
     if path.suffix != ".pt" or path.is_dir():
         raise PareError(f"SCORES_PATH = {str(path)!r} must name a file that ends in .pt.")
     if path.exists():
-        common.load_scores(path)
+        try:
+            common.load_scores(path)
+        except PareError:
+            raise PareError(
+                f"SCORES_PATH = {str(path)!r} is not a score file of this version, or damaged: rename or delete it."
+            ) from None
     elif path.with_suffix(".png").exists():
         raise PareError(
             f"SCORES_PATH = {str(path)!r}: {path.with_suffix('.png')} is in the way of the picture; rename it."
@@ -674,15 +693,13 @@ def score(checkpoint, rows: torch.Tensor, meta: dict, scores_path: Path, device,
     if SECOND_MOMENTS:
         check_moments_room(files, moments, temporary)
     model = common.load_model(checkpoint, dtype, device, "MODEL")
-    run = meta | {"rank": rank, "world": world, "batch_size": BATCH_SIZE, "dtype": str(dtype), "device": device.type}
+    run = meta | {"rank": rank, "world": world, "batch_size": BATCH_SIZE, "device": device.type}
     partial = scores_path.with_name(f".{scores_path.stem}.partial-{rank}-of-{world}.safetensors")
-    sums = Sums(partial, fingerprint(run | {"depth": LAYER_PERPLEXITY_SAMPLES}), 60 * SAVE_MINUTES)
+    sums = Sums(partial, fingerprint(run | {"depth": LAYER_PERPLEXITY and LAYER_PERPLEXITY_SAMPLES}), 60 * SAVE_MINUTES)
     mine, half = rows[rank::world], (torch.arange(len(rows)) % 2)[rank::world]
 
-    with torch.inference_mode():
-        first = rows[:1, :LOSS_TOKENS].to(model.device)
-        perplexity = model(input_ids=first, labels=first, use_cache=False).loss.exp().item()
-    print(f"perplexity of the first {first.shape[1]} tokens: {perplexity:.4g} (of sound models on text, 3 to 100)")
+    if LAYER_PERPLEXITY:
+        print_perplexity(model, rows[:1, :LOSS_TOKENS])
     measure(model.base_model, family, mine, half, BATCH_SIZE, sums)
     if LAYER_PERPLEXITY:
         depth = rows[:LAYER_PERPLEXITY_SAMPLES][rank::world]
@@ -738,7 +755,8 @@ def analyse(script, scores_path: Path, rank: int) -> Path:
         "config_hash": common.hash_config(checkpoint),
         "weights_hash": common.hash_checkpoint(checkpoint, "MODEL"),
     }
-    identity = hashes | {"rows": dataset["fingerprint"], "torch": torch.__version__}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    identity = hashes | {"rows": dataset["fingerprint"], "dtype": str(dtype)} | versions
     moments = fingerprint(identity | {"samples": SECOND_MOMENT_SAMPLES}) if SECOND_MOMENTS else None
 
     print(f"scoring {MODEL}: {NUM_SAMPLES} x {SEQUENCE_LENGTH} tokens on {device} in {str(dtype)[6:]}")
@@ -776,13 +794,17 @@ def write(scores: dict, halves: list[dict], layer_types: list[str], scores_path:
     the two, the same command puts the finished new ones in their place."""
     moments = scores_path.with_suffix(".moments")
     common.save_scores(scores, scores_path)
+    temporary = moments.with_name(f".{moments.name}.tmp")
     if scores["meta"]["moments"]:
-        common.replace_folder(moments.with_name(f".{moments.name}.tmp"), moments)
+        common.replace_folder(temporary, moments)
+    for left in (temporary, common.old_folder(moments)):  # of killed runs
+        shutil.rmtree(left, ignore_errors=True)
     for partial in scores_path.parent.glob(f".{scores_path.stem}.partial-*.safetensors"):
         partial.unlink()
     plot(scores, layer_types, scores_path.with_suffix(".png"))
     report(scores, halves, layer_types, scores["meta"]["num_samples"])
-    print(f"\nWrote {scores_path} and {scores_path.with_suffix('.png')}. Next: uv run prune.py")
+    print(f"\nWrote {scores_path} and {scores_path.with_suffix('.png')}.", end=" ")
+    print(f"Next: uv run prune.py MODEL={MODEL} SCORES_PATH={scores_path}")
 
 
 if __name__ == "__main__":

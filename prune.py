@@ -945,6 +945,9 @@ def open_moments(scores: dict, scores_path: Path) -> Moments | None:
             f"REFIT = True: SCORES_PATH = {str(scores_path)!r} has no second moments. Run importance_analysis.py with "
             "SECOND_MOMENTS = True, or set REFIT = None."
         )
+    aside = folder.with_name(f".{folder.name}.tmp"), common.old_folder(folder)
+    if identity and REFIT is not False and not folder.is_dir() and any(path.is_dir() for path in aside):
+        raise PareError(f"SCORES_PATH: {folder} is not in place, a run was killed. Run importance_analysis.py again.")
     if REFIT is None and identity and not folder.is_dir():
         print(f"{folder}/ is not there: slicing without REFIT")
         return None

@@ -984,3 +984,76 @@ def test_what_a_killed_run_left_is_not_in_the_way(debris, over, checkpoints, sco
     folder = cut_into(tmp_path / "out", checkpoints, scores, HIDDEN_SIZE=24)
     assert load(folder).config.hidden_size == 24
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Found by trying to break it
+
+
+@pytest.mark.parametrize("path", ["/", "x" * 300, "a\0b"])
+def test_paths_that_are_none(path, refused):
+    contains(refused(prune, OUTPUT_DIR=path), "OUTPUT_DIR = ")
+    contains(refused(importance_analysis, SCORES_PATH=path), "SCORES_PATH = ")
+
+
+def test_nothing_is_written_into_the_folder_of_the_model(refused, checkpoints, tmp_path):
+    contains(refused(prune, OUTPUT_DIR=str(checkpoints["olmo3"] / "pruned")), "OUTPUT_DIR = ", "folder of MODEL")
+    contains(refused(importance_analysis, SCORES_PATH=str(checkpoints["olmo3"] / "s.pt")), "SCORES_PATH = ", "MODEL")
+
+
+def test_single_samples_and_tokens(refused):
+    for name in ("NUM_SAMPLES", "SEQUENCE_LENGTH"):
+        contains(refused(importance_analysis, **{name: 1}), f"{name} = 1", "2 or more")
+
+
+def test_a_missing_index_is_named(refused, checkpoints, tmp_path):
+    folder = tmp_path / "model"
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoints["olmo3"])
+    model.save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors.index.json").unlink()
+    contains(refused(prune, MODEL=str(folder)), "MODEL = ", "lacks model.safetensors.index.json")
+
+
+def test_a_flipped_byte_in_a_pruned_model_is_noticed(refused, checkpoints, scores, tmp_path):
+    folder = cut_into(tmp_path / "out", checkpoints, scores, INTERMEDIATE_SIZE=32)
+    flip_bytes(folder / "model.safetensors", [(folder / "model.safetensors").stat().st_size - 1000])
+    message = refused(importance_analysis, MODEL=str(folder))
+    contains(message, "MODEL = ", "model.safetensors is damaged", "prune.py")
+
+
+def test_impossible_sizes_are_refused_before_a_download(refused, monkeypatch, checkpoints, tmp_path):
+    """A Hub id: config.json comes alone, and nothing else is asked for."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, revision, allow_patterns, **more):
+        asked.append(allow_patterns)
+        return str(checkpoints["olmo3"])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for wrong in ({"NUM_ATTENTION_HEADS": 99}, {"TARGET_PARAMS": "much"}, {"NUM_KEY_VALUE_HEADS": 5}):
+        contains(refused(prune, MODEL="org/model", **wrong), next(iter(wrong)))
+    contains(refused(importance_analysis, MODEL="org/model", SEQUENCE_LENGTH=10**6), "SEQUENCE_LENGTH")
+    assert asked == [["config.json"]] * 4
+
+
+def test_a_lock_holds_behind_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with common.lock(tmp_path / "real", "OUTPUT_DIR"), pytest.raises(common.PareError, match="another run"):
+        with common.lock(tmp_path / "link", "OUTPUT_DIR"):
+            pass
+
+
+def test_scores_on_a_full_disk(tmp_path, monkeypatch):
+    """safetensors has an error of its own for it."""
+
+    def full(tensors, path, metadata):
+        raise common.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    sums = importance_analysis.Sums(tmp_path / "partial.safetensors", "", 0)
+    sums.add("a", torch.ones(1, 3), torch.zeros(1, dtype=torch.long))
+    monkeypatch.setattr(importance_analysis, "save_file", full)
+    with pytest.raises(common.PareError, match=r"No space left.*GB are free"):
+        sums.save_if_due()

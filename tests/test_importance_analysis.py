@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, DEFAULTS, ROOT, analyse, configure, load
+from conftest import CONFIGS, DEFAULTS, ROOT, analyse, configure, cut, load
 from safetensors.torch import load_file
 
 import common
@@ -487,13 +487,59 @@ def test_a_second_run_on_the_same_score_file_is_refused(checkpoints, text, tmp_p
     assert not path.exists()
 
 
+def test_rows_of_another_shape_but_the_same_tokens_are_another_run():
+    rows = torch.arange(480).view(12, 40)
+    assert importance_analysis.hash_rows(rows) != importance_analysis.hash_rows(rows.view(24, 20))
+
+
+def test_a_file_of_the_user_beside_the_scores_is_left_alone(checkpoints, text, tmp_path):
+    (tmp_path / "scores.tmp").write_text("mine")
+    score(checkpoints["llama"], text, tmp_path / "scores.pt")
+    assert (tmp_path / "scores.tmp").read_text() == "mine"
+
+
+def test_scoring_another_model_at_the_same_place_leaves_none_of_its_moments(checkpoints, text, tmp_path):
+    path, names = tmp_path / "scores.pt", {}
+    for family in ("olmo3", "llama", "olmo3"):
+        score(checkpoints[family], text, path, SECOND_MOMENTS=True)
+        layers = common.find_checkpoint(str(checkpoints[family]), None, "MODEL").config.num_hidden_layers
+        names[family] = {file.name for file in path.with_suffix(".moments").iterdir()}
+        assert len(names[family]) == layers + 2
+    assert names["olmo3"] != names["llama"]
+
+
+def test_a_kill_between_scores_and_moments_costs_nothing(checkpoints, text, tmp_path, monkeypatch):
+    """The old moments stay until the new score file is there, then the same command puts the new ones in place."""
+    path, out = tmp_path / "scores.pt", tmp_path / "out"
+    score(checkpoints["llama"], text, path, SECOND_MOMENTS=True)
+    before = {file.name: file.read_bytes() for file in path.with_suffix(".moments").iterdir()}
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    for stop in ("save_scores", "replace_folder"):
+        monkeypatch.setattr(common, stop, die)
+        with pytest.raises(KeyboardInterrupt):
+            score(checkpoints["llama"], text, path, SECOND_MOMENTS=True, NUM_SAMPLES=9, SAVE_MINUTES=0.0)
+        monkeypatch.undo()
+        assert {file.name: file.read_bytes() for file in path.with_suffix(".moments").iterdir()} == before
+        if stop == "save_scores":
+            cut(checkpoints["llama"], path, out, INTERMEDIATE_SIZE=32)
+    with pytest.raises(PareError, match="another run"):
+        cut(checkpoints["llama"], path, out, INTERMEDIATE_SIZE=32)
+    monkeypatch.setattr(importance_analysis.Hooks, "start_batch", die)  # no forward pass any more
+    score(checkpoints["llama"], text, path, SECOND_MOMENTS=True, NUM_SAMPLES=9)
+    cut(checkpoints["llama"], path, out, INTERMEDIATE_SIZE=32)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_two_processes_give_the_scores_of_one(checkpoints, text, tmp_path):
     constants = {"NUM_SAMPLES": 10, "LAYER_PERPLEXITY_SAMPLES": 5, "SECOND_MOMENTS": True, "SECOND_MOMENT_SAMPLES": 6}
     one = score(checkpoints["llama"], text, tmp_path / "one.pt", **constants)
     constants |= {"MODEL": checkpoints["llama"], "DATASET": text, "DATASET_CONFIG": None, "DEVICE": "cpu"}
     constants |= {"SEQUENCE_LENGTH": 40, "BATCH_SIZE": 4, "SCORES_PATH": tmp_path / "two.pt"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines"]
-    launch += ["1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    # What `accelerate launch` does with two GPUs; on CPUs it starts a single process.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, str(ROOT / "importance_analysis.py"), *(f"{name}={value}" for name, value in constants.items())]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=200, env=os.environ | {"HF_HOME": str(tmp_path / "hf")}
@@ -502,6 +548,7 @@ def test_two_processes_give_the_scores_of_one(checkpoints, text, tmp_path):
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert_same_scores(one, two, rtol=1e-6, atol=1e-8)
     assert result.stdout.count("Wrote ") == 1
+    assert "scoring: 5/5 samples" in result.stdout, "each process has half of the ten rows"
     assert not list(tmp_path.glob(".*")), "partial sums or the lock were left behind"
     for path in (tmp_path / "one.moments").iterdir():
         torch.testing.assert_close(
