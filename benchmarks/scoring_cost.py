@@ -64,6 +64,7 @@ def random_model(num_layers: int, hidden_size: int, intermediate_size: int, num_
 MODELS = {
     "tiny teacher: 8 layers, hidden 160": (tiny_model, 256, 16, 32, 16),
     "random: 4 layers, hidden 1024, 2816 neurons": (lambda: random_model(4, 1024, 2816, 16), 512, 4, 4, 0),
+    "random: 2 layers, hidden 2048, 5632 neurons": (lambda: random_model(2, 2048, 5632, 16), 512, 4, 4, 0),
     "random: 16 layers, hidden 512, 1408 neurons": (lambda: random_model(16, 512, 1408, 8), 512, 4, 4, 1),
 }
 
@@ -100,6 +101,7 @@ def row_of(name: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(2, model.config.vocab_size, (num_rows, length), generator=generator)
     half, some = torch.arange(num_rows) % 2, rows[:num_removal_rows]
+    half_of_some = half[:num_removal_rows]
 
     def new_sums():
         return importance_analysis.Sums(Path("nowhere.safetensors"), "", 300)
@@ -119,7 +121,7 @@ def row_of(name: str, device: torch.device, dtype: torch.dtype) -> list[str]:
             model(input_ids=batch, labels=batch, use_cache=False)
 
     def remove():
-        importance_analysis.measure_perplexity(model, some, half, batch_size, new_sums())
+        importance_analysis.measure_perplexity(model, some, half_of_some, batch_size, new_sums())
 
     with open(os.devnull, "w") as nowhere, common.redirect_stdout(nowhere):
         seconds, scoring, ratio = compare(bare, score, device)
