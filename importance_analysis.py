@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -53,6 +53,7 @@ ENOUGH_CORRELATION = 0.95  # between two halves of the samples; below it, more s
 OUTSIDE = "outside.safetensors"  # the second moments of the LM head's input
 ROWS = "rows.safetensors"  # the calibration rows beside them
 STRIDE = 16  # angles and norm statistics are read at every 16th token of a row, counted back from its last
+CACHED_VALUES = 2**18  # float32 values that fit into the cache of one or two CPU cores
 LOSS_TOKENS = 1024  # tokens whose logits exist at once
 
 
@@ -75,14 +76,14 @@ class Sums:
         if path.is_file():
             self.restore()
 
-    def add(self, name: str, values: torch.Tensor, half: torch.Tensor) -> None:
-        """Add values (B, channels) to the sums `name`; `half` (B,) says which half each row belongs to."""
-        total = self.sums.get(name)
-        if total is None or total.device != values.device:
-            dtype = torch.float32 if values.device.type == "mps" else torch.float64
-            fresh = values.new_zeros(2, values.shape[-1], dtype=dtype)
-            total = self.sums[name] = fresh if total is None else fresh + total.to(values.device, dtype)
-        total.index_add_(0, half.to(values.device), values.to(total.dtype))
+    def add(self, values: dict[str, torch.Tensor], half: torch.Tensor) -> None:
+        """Add values (B, channels) to the sums of their names; `half` (B,) says which half each row belongs to."""
+        dtype = torch.float32 if half.device.type == "mps" else torch.float64
+        joined = torch.cat([value.to(half.device) for value in values.values()], dim=1).to(dtype)
+        sums = torch.stack([1 - half, half]).to(dtype) @ joined
+        for name, part in zip(values, sums.split([value.shape[1] for value in values.values()], dim=1), strict=True):
+            total = self.sums.get(name)
+            self.sums[name] = part.clone() if total is None else total.to(half.device, dtype) + part
 
     def digest(self, done: str, tensors: dict[str, torch.Tensor]) -> str:
         digest = hashlib.sha256(f"{self.identity} {done}".encode())
@@ -142,7 +143,7 @@ class Hooks:
 
     def __init__(self, model, family: common.Family, sums: Sums):
         self.sums, self.num_layers = sums, len(model.layers)
-        self.half: torch.Tensor | None = None  # (B,) of the batch under way
+        self.values: dict[str, torch.Tensor] = {}  # (B, channels) of the batch under way
         self.stream: list[torch.Tensor] = []  # layer inputs and the last output at every STRIDE-th token
         self.last: tuple | None = None  # the layer output just seen, which is the next layer's input, and its L2 norms
         self.handles, self.buffers = [], {}
@@ -161,12 +162,29 @@ class Hooks:
             self.handles.append(layer.register_forward_hook(hook))
         self.before(model.norm, self.add_norm, f"norm.{common.FINAL_NORM}.0")
 
-    def scratch(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor like x whose memory is used again and again: fresh memory costs more than the arithmetic."""
-        key = (x.shape, dtype or x.dtype, x.device)
-        if key not in self.buffers:
-            self.buffers[key] = torch.empty(x.shape, dtype=key[1], device=x.device)
-        return self.buffers[key]
+    def pieces(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Slices of the tokens of x (B, T, channels), each with float32 memory of its shape that is used again.
+
+        On a CPU moving memory costs more than the arithmetic: a piece and what is computed from it stay in the cache.
+        """
+        length = x.shape[1] if x.device.type != "cpu" else max(1, CACHED_VALUES // (x.shape[0] * x.shape[2]))
+        for start in range(0, x.shape[1], length):
+            piece = slice(start, min(start + length, x.shape[1]))
+            key = (x.shape[0], piece.stop - start, x.shape[2], x.device)
+            if key not in self.buffers:
+                self.buffers[key] = torch.empty(key[:3], device=x.device)
+            yield piece, self.buffers[key]
+
+    def sum_of_powers(self, x: torch.Tensor, power: int) -> torch.Tensor:
+        """Sum over the tokens of |x| or x², float32: (B, T, channels) -> (B, channels)."""
+        if x.device.type != "cpu":
+            return torch.linalg.vector_norm(x, power, dim=1, dtype=torch.float32) ** power
+        total = x.new_zeros(x.shape[0], 1, x.shape[2], dtype=torch.float32)
+        for piece, values in self.pieces(x):
+            part = x[:, piece].float()
+            torch.abs(part, out=values) if power == 1 else torch.mul(part, part, out=values)
+            total.baddbmm_(values.new_ones(len(x), 1, values.shape[1]), values)
+        return total.squeeze(1)
 
     def before(self, module, add: Callable, name: str) -> None:
         self.handles.append(module.register_forward_pre_hook(lambda module, args: add(name, args[0])))
@@ -176,13 +194,11 @@ class Hooks:
 
     def add_absolute(self, name: str, x: torch.Tensor) -> None:
         """(mean over T of |x|)² for an activation (B, T, channels)."""
-        absolute = torch.abs(x, out=self.scratch(x))
-        self.sums.add(name, (absolute.sum(1, dtype=torch.float32) / x.shape[1]).square(), self.half)
+        self.values[name] = (self.sum_of_powers(x, 1) / x.shape[1]).square()
 
     def add_energy(self, name: str, x: torch.Tensor) -> None:
         """Mean over T of x²."""
-        squares = torch.mul(x.float(), x, out=self.scratch(x, torch.float32))
-        self.sums.add(name, squares.sum(1) / x.shape[1], self.half)
+        self.values[name] = self.sum_of_powers(x, 2) / x.shape[1]
 
     def add_norm(self, name: str, x: torch.Tensor) -> None:
         """Mean over tokens of x² / (mean over channels of x²): each channel's share in the norm's denominator.
@@ -190,8 +206,9 @@ class Hooks:
         Relative to its own token: the few tokens of enormous activations that language models have count as one each.
         """
         squares = strided(x).float().square()
-        shares = squares / squares.mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        self.sums.add(name, shares.mean(1), self.half)
+        _, tokens, channels = squares.shape
+        weights = channels / tokens / squares.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        self.values[name] = (weights.mT @ squares).squeeze(1)
 
     def add_layer(self, name: str, x: torch.Tensor, output) -> None:
         """Block importance: 1 - cosine of input and output, mean over tokens (arXiv 2403.03853 eq. 1)."""
@@ -199,27 +216,26 @@ class Hooks:
         known = self.last if self.last is not None and self.last[0] is x else (x, norms_of(x))
         self.last = (y, norms_of(y))
         norms = (known[1] * self.last[1].to(x.device)).clamp(min=1e-30)
-        products = torch.mul(x.float(), y.to(x.device), out=self.scratch(x, torch.float32))
-        cosine = products.sum(-1) / norms  # (B, T)
-        self.sums.add(name, 1 - cosine.mean(dim=1, keepdim=True), self.half)
+        products = torch.empty_like(norms)  # (B, T)
+        for piece, values in self.pieces(x):
+            products[:, piece] = torch.mul(x[:, piece].float(), y[:, piece].to(x.device), out=values).sum(-1)
+        self.values[name] = 1 - (products / norms).mean(dim=1, keepdim=True)
         if not self.stream:
             self.stream.append(strided(x).clone())  # a view would keep all of x
         self.stream.append(strided(y).clone())
 
-    def start_batch(self, half: torch.Tensor) -> None:
-        self.half, self.stream, self.last = half, [], None
-
-    def end_batch(self) -> None:
-        """The angular distances between all pairs of layer boundaries (arXiv 2403.17887 eq. 7)."""
+    def end_batch(self, half: torch.Tensor) -> None:
+        """Add up what the hooks saw of a batch, and the angular distances of layer boundaries (2403.17887 eq. 7)."""
         device = self.stream[0].device
         exact = torch.float32 if device.type == "mps" else torch.float64
         stream = torch.stack([state.to(device) for state in self.stream], dim=2).to(exact)  # (B, T', L + 1, H)
         stream = torch.nn.functional.normalize(stream, dim=-1)
         distances = torch.arccos((stream @ stream.mT).clamp(-1, 1)) / math.pi  # (B, T', L + 1, L + 1)
-        self.sums.add("angle_last", distances[:, -1].flatten(1), self.half)
-        self.sums.add("angle_mean", distances.mean(1).flatten(1), self.half)
-        self.sums.add("rows", torch.ones(len(self.half), 1, device=device), self.half)
-        self.stream, self.last = [], None
+        self.values["angle_last"] = distances[:, -1].flatten(1)
+        self.values["angle_mean"] = distances.mean(1).flatten(1)
+        self.values["rows"] = torch.ones(len(half), 1, device=device)
+        self.sums.add(self.values, half)
+        self.values, self.stream, self.last = {}, [], None
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -241,9 +257,8 @@ def measure(model, family: common.Family, rows: torch.Tensor, half: torch.Tensor
     hooks = Hooks(model, family, sums)
 
     def step(batch, batch_half):
-        hooks.start_batch(batch_half.to(model.device))
         model(input_ids=batch.to(model.device), use_cache=False)
-        hooks.end_batch()
+        hooks.end_batch(batch_half.to(model.device))
 
     try:
         run_stage("scoring", sums, rows, half, batch_size, step)
@@ -328,7 +343,8 @@ def removal_losses(model, rows: torch.Tensor) -> torch.Tensor:
 def measure_perplexity(model, rows: torch.Tensor, half: torch.Tensor, batch_size: int, sums: Sums) -> None:
     def step(batch, batch_half):
         losses = removal_losses(model, batch.to(model.device))
-        sums.add("removal", torch.cat([losses, torch.ones_like(losses[:, :1])], dim=1), batch_half)
+        values = {"removal": torch.cat([losses, torch.ones_like(losses[:, :1])], dim=1)}
+        sums.add(values, batch_half.to(losses.device))
 
     run_stage("layer perplexity", sums, rows, half, batch_size, step)
 

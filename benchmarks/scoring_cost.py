@@ -4,9 +4,9 @@
 
 Prints the table that is kept in scoring_cost.md. Scoring is importance_analysis.measure with all its hooks, over the
 same rows as the base model alone. The layer perplexity is importance_analysis.measure_perplexity, over as many full
-passes with LM head and loss as the model has layers, which is what removing each layer in turn would take. The two are
-timed one after the other, seven times after a warm-up: the figures are the medians of the pairs. In float32 on the CPU,
-and in bfloat16 on a GPU if there is one. About five minutes on two cores.
+passes with LM head and loss as the model has layers, which is what removing each layer in turn would take. The two
+are timed one after the other, fifteen times after a warm-up: the figures are the medians of the pairs. In float32 on
+the CPU, and in bfloat16 on a GPU if there is one. About five minutes on two cores.
 
 "At least" is the layer perplexity's ratio if multiplications by weights were all that counts: L layers are skipped or
 run (L + 1) / 2 times on average, but the LM head L + 1 times.
@@ -29,7 +29,7 @@ from conftest import YARN  # noqa: E402
 import common  # noqa: E402
 import importance_analysis  # noqa: E402
 
-PAIRS = 7
+PAIRS = 15
 
 
 def tiny_model():

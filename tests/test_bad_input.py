@@ -774,7 +774,7 @@ def test_unfinished_sums_that_are_damaged_are_left_aside(tmp_path):
     """A flipped byte anywhere in what a killed scoring run saved, at 60 places."""
     path = tmp_path / ".scores.partial-0-of-1.safetensors"
     sums = importance_analysis.Sums(path, "run", 0)
-    sums.add("mlp.0", torch.rand(2, 20), torch.tensor([0, 1]))
+    sums.add({"mlp.0": torch.rand(2, 20)}, torch.tensor([0, 1]))
     sums.done["scoring"] = 12345678
     sums.save_if_due()
     whole = path.read_bytes()
@@ -1053,7 +1053,7 @@ def test_scores_on_a_full_disk(tmp_path, monkeypatch):
         raise common.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     sums = importance_analysis.Sums(tmp_path / "partial.safetensors", "", 0)
-    sums.add("a", torch.ones(1, 3), torch.zeros(1, dtype=torch.long))
+    sums.add({"a": torch.ones(1, 3)}, torch.zeros(1, dtype=torch.long))
     monkeypatch.setattr(importance_analysis, "save_file", full)
     with pytest.raises(common.PareError, match=r"No space left.*GB are free"):
         sums.save_if_due()

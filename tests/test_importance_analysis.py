@@ -527,7 +527,7 @@ def test_a_kill_between_scores_and_moments_costs_nothing(checkpoints, text, tmp_
             cut(checkpoints["llama"], path, out, INTERMEDIATE_SIZE=32)
     with pytest.raises(PareError, match="another run"):
         cut(checkpoints["llama"], path, out, INTERMEDIATE_SIZE=32)
-    monkeypatch.setattr(importance_analysis.Hooks, "start_batch", die)  # no forward pass any more
+    monkeypatch.setattr(importance_analysis.Hooks, "end_batch", die)  # no forward pass any more
     score(checkpoints["llama"], text, path, SECOND_MOMENTS=True, NUM_SAMPLES=9)
     cut(checkpoints["llama"], path, out, INTERMEDIATE_SIZE=32)
     assert not list(tmp_path.glob(".*"))
