@@ -207,7 +207,7 @@ class Hooks:
         """
         squares = strided(x).float().square()
         _, tokens, channels = squares.shape
-        weights = channels / tokens / squares.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        weights = channels / tokens / squares.sum(-1, keepdim=True).clamp(min=1e-30)  # a sub-layer may give only zeros
         self.values[name] = (weights.mT @ squares).squeeze(1)
 
     def add_layer(self, name: str, x: torch.Tensor, output) -> None:
