@@ -186,6 +186,16 @@ class Hooks:
             total.baddbmm_(values.new_ones(len(x), 1, values.shape[1]), values)
         return total.squeeze(1)
 
+    def products(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Sum over the channels of x y, float32: (B, T, channels) twice -> (B, T)."""
+        total = torch.empty(x.shape[:2], device=x.device)
+        if x.is_cuda:  # products of all pairs among 64 tokens, of which the diagonal is wanted: no copy in float32
+            x, y = (z.reshape(-1, math.gcd(total.numel(), 64), z.shape[2]) for z in (x, y))
+            return torch.bmm(x, y.mT, out_dtype=torch.float32).diagonal(dim1=1, dim2=2).reshape(total.shape)
+        for piece, values in self.pieces(x):
+            total[:, piece] = torch.mul(x[:, piece].float(), y[:, piece], out=values).sum(-1)
+        return total
+
     def before(self, module, add: Callable, name: str) -> None:
         self.handles.append(module.register_forward_pre_hook(lambda module, args: add(name, args[0])))
 
@@ -216,10 +226,7 @@ class Hooks:
         known = self.last if self.last is not None and self.last[0] is x else (x, norms_of(x))
         self.last = (y, norms_of(y))
         norms = (known[1] * self.last[1].to(x.device)).clamp(min=1e-30)
-        products = torch.empty_like(norms)  # (B, T)
-        for piece, values in self.pieces(x):
-            products[:, piece] = torch.mul(x[:, piece].float(), y[:, piece].to(x.device), out=values).sum(-1)
-        self.values[name] = 1 - (products / norms).mean(dim=1, keepdim=True)
+        self.values[name] = 1 - (self.products(x, y.to(x.device)) / norms).mean(dim=1, keepdim=True)
         if not self.stream:
             self.stream.append(strided(x).clone())  # a view would keep all of x
         self.stream.append(strided(y).clone())

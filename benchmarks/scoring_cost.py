@@ -5,8 +5,8 @@
 Prints the table that is kept in scoring_cost.md. Scoring is importance_analysis.measure with all its hooks, over the
 same rows as the base model alone. The layer perplexity is importance_analysis.measure_perplexity, over as many full
 passes with LM head and loss as the model has layers, which is what removing each layer in turn would take. The two
-are timed one after the other, fifteen times after a warm-up: the figures are the medians of the pairs. In float32 on
-the CPU, and in bfloat16 on a GPU if there is one. About five minutes on two cores.
+are timed one after the other, fifteen times after a warm-up: the figures are the medians of the pairs. In bfloat16 and
+at true sizes where there is a GPU (one minute), else in float32 on the CPU (five minutes on two cores).
 
 "At least" is the layer perplexity's ratio if multiplications by weights were all that counts: L layers are skipped or
 run (L + 1) / 2 times on average, but the LM head L + 1 times.
@@ -32,15 +32,17 @@ import importance_analysis  # noqa: E402
 PAIRS = 15
 
 
-def tiny_model():
+def tiny_model(device: torch.device, dtype: torch.dtype):
     checkpoint = common.find_checkpoint(str(ROOT / "assets" / "tiny-olmo3"), None, "MODEL")
-    return common.load_model(checkpoint, torch.float32, torch.device("cpu"), "MODEL")
+    return common.load_model(checkpoint, dtype, device, "MODEL")
 
 
-def random_model(num_layers: int, hidden_size: int, intermediate_size: int, num_heads: int):
-    torch.manual_seed(0)
+def random_model(
+    num_layers: int, hidden_size: int, intermediate_size: int, num_heads: int, window: int, vocab_size: int
+):
+    """A function of device and dtype that makes an Olmo 3 of this shape."""
     rope = {
-        "full_attention": YARN | {"original_max_position_embeddings": 128},
+        "full_attention": YARN | {"original_max_position_embeddings": window // 2},
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     }
     config = transformers.Olmo3Config(
@@ -49,23 +51,33 @@ def random_model(num_layers: int, hidden_size: int, intermediate_size: int, num_
         intermediate_size=intermediate_size,
         num_attention_heads=num_heads,
         num_key_value_heads=num_heads,
-        vocab_size=8192,
+        vocab_size=vocab_size,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=1,
-        sliding_window=256,
+        sliding_window=window,
         rope_parameters=rope,
-        max_position_embeddings=512,
+        max_position_embeddings=2 * window,
     )
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+    def build(device: torch.device, dtype: torch.dtype):
+        torch.manual_seed(0)
+        with device:
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+
+    return build
 
 
 # name -> model, tokens per row, batch size, rows of the scoring pass, rows of the layer perplexity (0: left out)
-MODELS = {
+ON_CPU = {
     "tiny teacher: 8 layers, hidden 160": (tiny_model, 256, 16, 32, 16),
-    "random: 4 layers, hidden 1024, 2816 neurons": (lambda: random_model(4, 1024, 2816, 16), 512, 4, 4, 0),
-    "random: 2 layers, hidden 2048, 5632 neurons": (lambda: random_model(2, 2048, 5632, 16), 512, 4, 4, 0),
-    "random: 16 layers, hidden 512, 1408 neurons": (lambda: random_model(16, 512, 1408, 8), 512, 4, 4, 1),
+    "random: 4 layers, hidden 1024, 2816 neurons": (random_model(4, 1024, 2816, 16, 256, 8192), 512, 4, 4, 0),
+    "random: 2 layers, hidden 2048, 5632 neurons": (random_model(2, 2048, 5632, 16, 256, 8192), 512, 4, 4, 0),
+    "random: 16 layers, hidden 512, 1408 neurons": (random_model(16, 512, 1408, 8, 256, 8192), 512, 4, 4, 1),
+}
+ON_GPU = {
+    "7B: 32 layers, hidden 4096, 11008 neurons": (random_model(32, 4096, 11008, 32, 4096, 100278), 4096, 4, 4, 0),
+    "1B: 16 layers, hidden 2048, 8192 neurons": (random_model(16, 2048, 8192, 16, 4096, 100278), 4096, 4, 4, 4),
 }
 
 
@@ -94,9 +106,8 @@ def least_ratio(model) -> float:
     return (num_layers * (num_layers + 1) / 2 * layer + (num_layers + 1) * head) / (num_layers * once)
 
 
-def row_of(name: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    build, length, batch_size, num_rows, num_removal_rows = MODELS[name]
-    model = build().to(device, dtype)
+def row_of(build, length: int, batch_size: int, num_rows: int, num_removal_rows: int, device, dtype) -> list[str]:
+    model = build(device, dtype)
     family, num_layers = common.FAMILIES[model.config.model_type], len(model.base_model.layers)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(2, model.config.vocab_size, (num_rows, length), generator=generator)
@@ -133,16 +144,15 @@ def row_of(name: str, device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def main() -> None:
-    devices = [("cpu", torch.float32), *([("cuda", torch.bfloat16)] if torch.cuda.is_available() else [])]
+    gpu = torch.cuda.is_available()
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if gpu else (torch.device("cpu"), torch.float32)
     print("`uv run benchmarks/scoring_cost.py`\n")
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads,", end=" ")
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}\n")
-    print("| Olmo 3 | on | bare pass, s | scoring, s | ratio | L full passes, s | removal, s | ratio | at least |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for device, dtype in devices:
-        for name in MODELS:
-            cells = row_of(name, torch.device(device), dtype)
-            print("|", " | ".join([name, f"{device}, {str(dtype)[6:]}", *cells]), "|", flush=True)
+    machine = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"{machine}, {str(dtype)[6:]}, torch {torch.__version__}, transformers {transformers.__version__}\n")
+    print("| Olmo 3 | bare pass, s | scoring, s | ratio | L full passes, s | removal, s | ratio | at least |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, settings in (ON_GPU if gpu else ON_CPU).items():
+        print("|", " | ".join([name, *row_of(*settings, device, dtype)]), "|", flush=True)
 
 
 if __name__ == "__main__":

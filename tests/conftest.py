@@ -154,6 +154,8 @@ def text(tmp_path_factory) -> str:
     return str(path)
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 SCRIPTS = (importance_analysis, prune, distill, demo)
 DEFAULTS = {script: {name: getattr(script, name) for name in common.constants_of(script)} for script in SCRIPTS}
 

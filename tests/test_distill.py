@@ -12,7 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, DOCUMENTS, ROOT, build_tokenizer, configure, load, random_model, save_checkpoint, some_ids
+from conftest import (
+    CONFIGS,
+    DOCUMENTS,
+    ROOT,
+    build_tokenizer,
+    configure,
+    load,
+    needs_gpu,
+    random_model,
+    save_checkpoint,
+    some_ids,
+)
 from safetensors.torch import load_file
 
 import common
@@ -544,7 +555,7 @@ def test_report_to_logs_to_the_tracker(pair, text, tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 def test_bfloat16_gradients_on_gpu():
     """Logits straight to float32: at most 1 % gradient error with the student close to the teacher."""
     hidden, weight, teacher_hidden, teacher_weight = loss_inputs(closeness=0.1)

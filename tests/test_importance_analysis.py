@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, DEFAULTS, ROOT, analyse, configure, cut, load
+from conftest import CONFIGS, DEFAULTS, ROOT, analyse, configure, cut, load, needs_gpu
 from safetensors.torch import load_file
 
 import common
@@ -714,3 +714,19 @@ def test_a_model_too_large_for_its_gpu_is_spread(checkpoints, monkeypatch):
             logits.append(model(input_ids=ids.to(model.device)).logits.cpu())
     assert seen == ["auto", {"": torch.device("cuda:0")}]
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("family", CONFIGS)
+def test_scores_on_a_gpu_are_those_on_the_cpu(family, checkpoints, scored, text, tmp_path):
+    expected = scored(family)
+    on_gpu = {"DEVICE": "cuda", "LAYER_PERPLEXITY_SAMPLES": 8}
+    found = score(checkpoints[family], text, tmp_path / "exact.pt", DTYPE="float32", **on_gpu)
+    for key in set(expected) - {"meta"}:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
+    found = score(checkpoints[family], text, tmp_path / "scores.pt", DTYPE="bfloat16", **on_gpu)
+    for key in WIDTHS:
+        torch.testing.assert_close(found[key], expected[key], rtol=0.1, atol=0.0)
+    wanted = importance_analysis.layer_values(expected)
+    torch.testing.assert_close(importance_analysis.layer_values(found), wanted, rtol=0.1, atol=1e-3)

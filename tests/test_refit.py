@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import analyse, cut, load, logits_of, save_checkpoint, some_ids
+from conftest import analyse, cut, load, logits_of, needs_gpu, save_checkpoint, some_ids
+from safetensors.torch import load_file
 
 import common
 import refit
@@ -178,3 +179,26 @@ def test_refitted_on_every_axis_it_loads_strictly_and_runs(family, text, tmp_pat
         student = load(cut(source, scores, tmp_path / str(samples), **sizes | more))
         assert logits_of(student, ids).isfinite().all()
     assert not list(tmp_path.glob(".*"))  # no lock, no temporary folder
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("family", ["olmo3", "llama", "qwen3", "gemma3_text"])
+def test_the_refit_on_a_gpu_is_that_on_the_cpu(family, text, tmp_path):
+    source = save_checkpoint(tmp_path / "model", family)
+    sizes = {"HIDDEN_SIZE": 36, "INTERMEDIATE_SIZE": 40, "NUM_ATTENTION_HEADS": 4}
+    scores, logits = {}, {}
+    for device in ("cpu", "cuda"):
+        on = {"DEVICE": device, "DTYPE": "float32"}
+        scores[device] = analyse(source, text, tmp_path / device / "scores.pt", **MOMENTS, **on)
+        for samples in (0, 12):
+            output = tmp_path / device / str(samples)
+            cut(source, scores["cpu"], output, DEVICE=device, REFIT_SAMPLES=samples, **sizes)
+            logits[device, samples] = logits_of(load(output), some_ids(300))
+    for path in scores["cpu"].with_suffix(".moments").glob("layer-*.safetensors"):
+        found, expected = load_file(scores["cuda"].with_suffix(".moments") / path.name), load_file(path)
+        for name, moments in expected.items():
+            torch.testing.assert_close(found[name], moments, rtol=1e-3, atol=1e-4 * moments.abs().max().item())
+    for samples in (0, 12):
+        error = (logits["cuda", samples] - logits["cpu", samples]).norm() / logits["cpu", samples].norm()
+        assert error < 1e-3, (samples, error)
