@@ -215,10 +215,9 @@ class Hooks:
 
         Relative to its own token: the few tokens of enormous activations that language models have count as one each.
         """
-        squares = strided(x).float().square()
-        _, tokens, channels = squares.shape
-        weights = channels / tokens / squares.sum(-1, keepdim=True).clamp(min=1e-30)  # a sub-layer may give only zeros
-        self.values[name] = (weights.mT @ squares).squeeze(1)
+        x = strided(x)
+        scaled = x / norms_of(x).clamp(min=1e-15)[..., None]  # a sub-layer may give only zeros
+        self.values[name] = self.sum_of_powers(scaled, 2) * (x.shape[2] / x.shape[1])
 
     def add_layer(self, name: str, x: torch.Tensor, output) -> None:
         """Block importance: 1 - cosine of input and output, mean over tokens (arXiv 2403.03853 eq. 1)."""
@@ -236,8 +235,9 @@ class Hooks:
         device = self.stream[0].device
         exact = torch.float32 if device.type == "mps" else torch.float64
         stream = torch.stack([state.to(device) for state in self.stream], dim=2).to(exact)  # (B, T', L + 1, H)
-        stream = torch.nn.functional.normalize(stream, dim=-1)
-        distances = torch.arccos((stream @ stream.mT).clamp(-1, 1)) / math.pi  # (B, T', L + 1, L + 1)
+        products = stream @ stream.mT  # (B, T', L + 1, L + 1)
+        sizes = products.diagonal(dim1=-2, dim2=-1).sqrt().clamp(min=1e-15)
+        distances = torch.arccos((products / (sizes[..., None] * sizes[..., None, :])).clamp(-1, 1)) / math.pi
         self.values["angle_last"] = distances[:, -1].flatten(1)
         self.values["angle_mean"] = distances.mean(1).flatten(1)
         self.values["rows"] = torch.ones(len(half), 1, device=device)
