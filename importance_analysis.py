@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -137,30 +138,32 @@ def run_stage(stage: str, sums: Sums, rows: torch.Tensor, half: torch.Tensor, ba
 class Hooks:
     """Hooks that read each activation of the decoder layers once and add what the scores need to `sums`.
 
-    Sums over samples, by name: `mlp.3` (mean over T of |x|)² (arXiv 2407.14679 §2.2), `layer.3` 1 - cosine, `energy.…`
-    mean squares of a block's input, `norm.…` mean squares of a norm's input relative to the whole, `angle…` distances.
+    Sums over samples, of all layers in a row: `mlp`, `attention` and the norms' outputs (mean over T of |x|)² (arXiv
+    2407.14679 §2.2), `layer` 1 - cosine, `energy.…` mean squares of a block's input, `norm.…` mean squares of a norm's
+    input relative to the whole, `angle…` distances. Hooks only reduce; the rest is done once a batch, for all layers.
     """
 
     def __init__(self, model, family: common.Family, sums: Sums):
-        self.sums, self.num_layers = sums, len(model.layers)
-        self.values: dict[str, torch.Tensor] = {}  # (B, channels) of the batch under way
+        self.sums = sums
+        # of the batch under way: (name, power, tokens) -> a sum (B, channels) for each layer
+        self.powers: dict[tuple[str, int, int], list[torch.Tensor]] = defaultdict(list)
+        self.cosines: list[tuple[torch.Tensor, ...]] = []  # of each layer: input · output, |input| and |output|, (B, T)
         self.stream: list[torch.Tensor] = []  # layer inputs and the last output at every STRIDE-th token
         self.last: tuple | None = None  # the layer output just seen, which is the next layer's input, and its L2 norms
         self.handles, self.buffers = [], {}
-        for index, layer in enumerate(model.layers):
+        for layer in model.layers:
             modules = dict(layer.named_modules())
-            self.before(modules[common.NEURONS_AT], self.add_absolute, f"mlp.{index}")
-            self.before(modules[common.HEADS], self.add_absolute, f"attention.{index}")
-            self.after(modules[family.attention_norm], self.add_absolute, f"attn_ln.{index}")
-            self.after(modules[family.feedforward_norm], self.add_absolute, f"ffn_ln.{index}")
+            self.before(modules[common.NEURONS_AT], self.add_power, "mlp", 1)
+            self.before(modules[common.HEADS], self.add_power, "attention", 1)
+            self.after(modules[family.attention_norm], self.add_power, "attn_ln", 1)
+            self.after(modules[family.feedforward_norm], self.add_power, "ffn_ln", 1)
             for place in (common.ATTENTION_INPUT, common.FEEDFORWARD_INPUT):
-                self.before(modules[place], self.add_energy, f"energy.{place}.{index}")
+                self.before(modules[place], self.add_power, f"energy.{place}", 2)
             for name, axis in family.norms.items():
                 if axis is not WHOLE:
-                    self.before(modules[name], self.add_norm, f"norm.{name}.{index}")
-            hook = lambda module, args, output, name=f"layer.{index}": self.add_layer(name, args[0], output)  # noqa: E731
-            self.handles.append(layer.register_forward_hook(hook))
-        self.before(model.norm, self.add_norm, f"norm.{common.FINAL_NORM}.0")
+                    self.before(modules[name], self.add_norm, f"norm.{name}")
+            self.handles.append(layer.register_forward_hook(self.add_layer))
+        self.before(model.norm, self.add_norm, f"norm.{common.FINAL_NORM}")
 
     def pieces(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Slices of the tokens of x (B, T, channels), each with float32 memory of its shape that is used again.
@@ -178,7 +181,8 @@ class Hooks:
     def sum_of_powers(self, x: torch.Tensor, power: int) -> torch.Tensor:
         """Sum over the tokens of |x| or x², float32: (B, T, channels) -> (B, channels)."""
         if x.device.type != "cpu":
-            return torch.linalg.vector_norm(x, power, dim=1, dtype=torch.float32) ** power
+            norm = torch.linalg.vector_norm(x, power, dim=1, dtype=torch.float32)
+            return norm if power == 1 else norm.square()
         total = x.new_zeros(x.shape[0], 1, x.shape[2], dtype=torch.float32)
         for piece, values in self.pieces(x):
             part = x[:, piece].float()
@@ -196,36 +200,31 @@ class Hooks:
             total[:, piece] = torch.mul(x[:, piece].float(), y[:, piece], out=values).sum(-1)
         return total
 
-    def before(self, module, add: Callable, name: str) -> None:
-        self.handles.append(module.register_forward_pre_hook(lambda module, args: add(name, args[0])))
+    def before(self, module, add: Callable, *args) -> None:
+        self.handles.append(module.register_forward_pre_hook(lambda module, inputs: add(inputs[0], *args)))
 
-    def after(self, module, add: Callable, name: str) -> None:
-        self.handles.append(module.register_forward_hook(lambda module, args, output: add(name, output)))
+    def after(self, module, add: Callable, *args) -> None:
+        self.handles.append(module.register_forward_hook(lambda module, inputs, output: add(output, *args)))
 
-    def add_absolute(self, name: str, x: torch.Tensor) -> None:
-        """(mean over T of |x|)² for an activation (B, T, channels)."""
-        self.values[name] = (self.sum_of_powers(x, 1) / x.shape[1]).square()
+    def add_power(self, x: torch.Tensor, name: str, power: int) -> None:
+        """Sum over T of |x| or x² of an activation (B, T, channels)."""
+        self.powers[name, power, x.shape[1]].append(self.sum_of_powers(x, power))
 
-    def add_energy(self, name: str, x: torch.Tensor) -> None:
-        """Mean over T of x²."""
-        self.values[name] = self.sum_of_powers(x, 2) / x.shape[1]
-
-    def add_norm(self, name: str, x: torch.Tensor) -> None:
-        """Mean over tokens of x² / (mean over channels of x²): each channel's share in the norm's denominator.
+    def add_norm(self, x: torch.Tensor, name: str) -> None:
+        """Sum over tokens of x² / (mean over channels of x²): each channel's share in the norm's denominator.
 
         Relative to its own token: the few tokens of enormous activations that language models have count as one each.
         """
         x = strided(x)
-        scaled = x / norms_of(x).clamp(min=1e-15)[..., None]  # a sub-layer may give only zeros
-        self.values[name] = self.sum_of_powers(scaled, 2) * (x.shape[2] / x.shape[1])
+        rms = norms_of(x) / math.sqrt(x.shape[2])
+        self.add_power(x / rms.clamp(min=1e-15)[..., None], name, 2)  # a sub-layer may give only zeros
 
-    def add_layer(self, name: str, x: torch.Tensor, output) -> None:
-        """Block importance: 1 - cosine of input and output, mean over tokens (arXiv 2403.03853 eq. 1)."""
-        y = output[0] if isinstance(output, tuple) else output
-        known = self.last if self.last is not None and self.last[0] is x else (x, norms_of(x))
+    def add_layer(self, layer, inputs, output) -> None:
+        """What block importance needs: 1 - cosine of input and output, mean over tokens (arXiv 2403.03853 eq. 1)."""
+        x, y = inputs[0], output[0] if isinstance(output, tuple) else output
+        known = self.last[1] if self.last is not None and self.last[0] is x else norms_of(x)
         self.last = (y, norms_of(y))
-        norms = (known[1] * self.last[1].to(x.device)).clamp(min=1e-30)
-        self.values[name] = 1 - (self.products(x, y.to(x.device)) / norms).mean(dim=1, keepdim=True)
+        self.cosines.append((self.products(x, y.to(x.device)), known, self.last[1]))
         if not self.stream:
             self.stream.append(strided(x).clone())  # a view would keep all of x
         self.stream.append(strided(y).clone())
@@ -233,16 +232,22 @@ class Hooks:
     def end_batch(self, half: torch.Tensor) -> None:
         """Add up what the hooks saw of a batch, and the angular distances of layer boundaries (2403.17887 eq. 7)."""
         device = self.stream[0].device
+        values = {"rows": torch.ones(len(half), 1, device=device)}
+        for (name, power, tokens), sums in self.powers.items():
+            means = torch.cat([total.to(device) for total in sums], dim=1) / tokens  # (B, L · channels)
+            values[name] = means.square() if power == 1 else means
+        layers = zip(*self.cosines, strict=True)
+        products, before, after = (torch.stack([x.to(device) for x in part], 1) for part in layers)  # (B, L, T)
+        values["layer"] = 1 - (products / (before * after).clamp(min=1e-30)).mean(dim=2)  # (B, L)
         exact = torch.float32 if device.type == "mps" else torch.float64
         stream = torch.stack([state.to(device) for state in self.stream], dim=2).to(exact)  # (B, T', L + 1, H)
         products = stream @ stream.mT  # (B, T', L + 1, L + 1)
         sizes = products.diagonal(dim1=-2, dim2=-1).sqrt().clamp(min=1e-15)
         distances = torch.arccos((products / (sizes[..., None] * sizes[..., None, :])).clamp(-1, 1)) / math.pi
-        self.values["angle_last"] = distances[:, -1].flatten(1)
-        self.values["angle_mean"] = distances.mean(1).flatten(1)
-        self.values["rows"] = torch.ones(len(half), 1, device=device)
-        self.sums.add(self.values, half)
-        self.values, self.stream, self.last = {}, [], None
+        values["angle_last"], values["angle_mean"] = distances[:, -1].flatten(1), distances.mean(1).flatten(1)
+        self.sums.add(values, half)
+        self.powers.clear()
+        self.cosines, self.stream, self.last = [], [], None
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -277,16 +282,15 @@ def scores_of(sums: dict[str, torch.Tensor], family: common.Family, head_dim: in
     """The score file's keys, float32 on CPU, from the sums of some halves of the samples."""
     halves = list(halves)
     sums = {name: total[halves].sum(0).cpu() for name, total in sums.items()}
-    samples = sums["rows"].item()
-    num_layers = sum(name.startswith("layer.") for name in sums)
+    samples, num_layers = sums["rows"].item(), len(sums["layer"])
 
     def stack(name):
-        return torch.stack([sums[f"{name}.{index}"] for index in range(num_layers)])  # (L, channels)
+        return sums[name].view(num_layers, -1)  # (L, channels)
 
     heads = stack("attention").unflatten(1, (-1, head_dim)).sum(-1)  # (L, Q): the L2 norm over head_dim, squared
     energy = torch.cat([stack(f"energy.{place}") for place in (common.ATTENTION_INPUT, common.FEEDFORWARD_INPUT)])
     norms = {name: stack(f"norm.{name}") / samples for name, axis in family.norms.items() if axis is not WHOLE}
-    norms[common.FINAL_NORM] = sums[f"norm.{common.FINAL_NORM}.0"][None] / samples
+    norms[common.FINAL_NORM] = sums[f"norm.{common.FINAL_NORM}"][None] / samples
     angles = {name: sums[name].view(num_layers + 1, -1) / samples for name in ("angle_last", "angle_mean")}
     return {
         "mlp": stack("mlp").sqrt().float(),
@@ -294,7 +298,7 @@ def scores_of(sums: dict[str, torch.Tensor], family: common.Family, head_dim: in
         "attn_ln": stack("attn_ln").sqrt().sum(0).float(),
         "ffn_ln": stack("ffn_ln").sqrt().sum(0).float(),
         "hidden": (energy / energy.sum(1, keepdim=True)).sum(0).float(),
-        "layer": dict(enumerate((stack("layer").squeeze(1) / samples).tolist())),
+        "layer": dict(enumerate((sums["layer"] / samples).tolist())),
         "angular_distance": angles["angle_last"].float(),
         "angular_distance_mean": angles["angle_mean"].float(),
         "norms": {name: shares.float() for name, shares in norms.items()},
