@@ -439,7 +439,9 @@ def norm_factor(shares: torch.Tensor, kept: torch.Tensor) -> float:
     divides by the smaller or larger rms; with its weight times c its outputs keep their size, exactly so where the
     removed channels are zero (with ε times c², see student_config).
     """
-    return math.sqrt(shares[kept.flatten()].double().mean().item())
+    shares = shares.double()
+    whole = shares.mean().item()  # 1 but for rounding; 0 where the input is zero for every token
+    return math.sqrt(shares[kept.flatten()].mean().item() / whole) if whole else 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
