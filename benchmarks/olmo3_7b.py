@@ -74,6 +74,7 @@ def time_stages(script) -> dict[str, list[float]]:
                 torch.cuda.synchronize()
                 seconds, result = time.perf_counter() - start, results[running.pop()]
                 result[:] = result[0] + seconds, max(result[1], torch.cuda.max_memory_allocated() / 2**30)
+                print(f"{name}: {seconds:.1f} s", file=sys.stderr, flush=True)  # a run may be cut short
                 if running:
                     results[running[-1]][0] -= seconds
 
@@ -84,22 +85,21 @@ def time_stages(script) -> dict[str, list[float]]:
     return results
 
 
-def run(script, constants: dict) -> None:
-    """Run a script's main() with constants; print its stages, the whole, and this process's own peak as JSON."""
+def run(script, constants: dict, path: str) -> None:
+    """Run a script's main() with constants; write its stages, the whole, and this process's own peak as JSON."""
     results = time_stages(script)
     demo.configure(script, **constants)
     start = time.perf_counter()
     script.main()
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     whole = [time.perf_counter() - start, int(peak.split()[1]) / 2**20]
-    print("RESULT " + json.dumps({"stages": results, "whole": whole}))
+    Path(path).write_text(json.dumps({"stages": results, "whole": whole}))
 
 
-def in_process(name: str, constants: dict) -> dict:
-    command = [sys.executable, __file__, "--run", name, json.dumps(constants)]
-    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    print(printed.split("RESULT ")[0], file=sys.stderr)
-    return json.loads(printed.split("RESULT ")[1])
+def in_process(name: str, constants: dict, path: Path) -> dict:
+    command = [sys.executable, __file__, "--run", name, json.dumps(constants), str(path)]
+    subprocess.run(command, stdout=sys.stderr, check=True)
+    return json.loads(path.read_text())
 
 
 def main(parent: str | None) -> None:
@@ -115,9 +115,9 @@ def main(parent: str | None) -> None:
         text = {"DATASET": demo.write_text(root / "text")["train"], "DATASET_CONFIG": None, "SEQUENCE_LENGTH": LENGTH}
         samples = {"NUM_SAMPLES": SAMPLES, "LAYER_PERPLEXITY_SAMPLES": PERPLEXITY_SAMPLES}
         samples["SECOND_MOMENT_SAMPLES"] = MOMENT_SAMPLES
-        found = {"importance_analysis": in_process("importance_analysis", shared | text | samples)}
+        found = {"importance_analysis": in_process("importance_analysis", shared | text | samples, root / "times")}
         cut = {"OUTPUT_DIR": str(root / "out"), "REFIT_SAMPLES": REFIT_SAMPLES}
-        found["prune"] = in_process("prune", shared | cut)
+        found["prune"] = in_process("prune", shared | cut, root / "times")
     finally:
         shutil.rmtree(root)
     print("`uv run benchmarks/olmo3_7b.py`\n")
@@ -137,6 +137,8 @@ def main(parent: str | None) -> None:
 
 if __name__ == "__main__":
     if "--run" in sys.argv:
-        run(importance_analysis if sys.argv[2] == "importance_analysis" else prune, json.loads(sys.argv[3]))
+        run(
+            importance_analysis if sys.argv[2] == "importance_analysis" else prune, json.loads(sys.argv[3]), sys.argv[4]
+        )
     else:
         main(sys.argv[1] if len(sys.argv) > 1 else None)
