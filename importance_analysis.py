@@ -239,11 +239,16 @@ class Hooks:
         layers = zip(*self.cosines, strict=True)
         products, before, after = (torch.stack([x.to(device) for x in part], 1) for part in layers)  # (B, L, T)
         values["layer"] = 1 - (products / (before * after).clamp(min=1e-30)).mean(dim=2)  # (B, L)
-        exact = torch.float32 if device.type == "mps" else torch.float64
-        stream = torch.stack([state.to(device) for state in self.stream], dim=2).to(exact)  # (B, T', L + 1, H)
-        products = stream @ stream.mT  # (B, T', L + 1, L + 1)
+        stream = torch.stack([state.to(device) for state in self.stream], dim=2)  # (B, T', L + 1, H)
+        if stream.is_cuda:
+            flat = stream.flatten(0, 1)
+            products = torch.bmm(flat, flat.mT, out_dtype=torch.float32).unflatten(0, stream.shape[:2])
+        else:
+            stream = stream.to(torch.float32 if device.type == "mps" else torch.float64)
+            products = stream @ stream.mT  # (B, T', L + 1, L + 1)
         sizes = products.diagonal(dim1=-2, dim2=-1).sqrt().clamp(min=1e-15)
         distances = torch.arccos((products / (sizes[..., None] * sizes[..., None, :])).clamp(-1, 1)) / math.pi
+        distances.diagonal(dim1=-2, dim2=-1).zero_()  # rounding leaves it at arccos(1 - 1e-7)
         values["angle_last"], values["angle_mean"] = distances[:, -1].flatten(1), distances.mean(1).flatten(1)
         self.sums.add(values, half)
         self.powers.clear()
@@ -269,8 +274,9 @@ def measure(model, family: common.Family, rows: torch.Tensor, half: torch.Tensor
     hooks = Hooks(model, family, sums)
 
     def step(batch, batch_half):
-        model(input_ids=batch.to(model.device), use_cache=False)
-        hooks.end_batch(batch_half.to(model.device))
+        batch, batch_half = batch.to(model.device), batch_half.to(model.device)  # before, not to wait for the pass
+        model(input_ids=batch, use_cache=False)
+        hooks.end_batch(batch_half)
 
     try:
         run_stage("scoring", sums, rows, half, batch_size, step)

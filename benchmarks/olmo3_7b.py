@@ -3,9 +3,8 @@
     uv run benchmarks/olmo3_7b.py [FOLDER]
 
 Writes 14.6 GB of random bfloat16, runs importance_analysis.py and prune.py on it with their default constants but for
-fewer calibration rows, and prints the table that is kept in olmo3_7b.md, with what the default numbers of rows would
-take. Random weights change nothing in the time of a stage. Needs 52 GB of disk, removes what it made. Seven minutes on
-an H100.
+fewer calibration rows, and prints a table, with what the default numbers of rows would take; each stage's seconds as it
+ends. Random weights change nothing in the time of a stage. Needs 52 GB of disk, removes what it made.
 """
 
 import json
@@ -85,7 +84,7 @@ def time_stages(script) -> dict[str, list[float]]:
     return results
 
 
-def run(script, constants: dict, path: str) -> None:
+def run(script, constants: dict, path: Path) -> None:
     """Run a script's main() with constants; write its stages, the whole, and this process's own peak as JSON."""
     results = time_stages(script)
     demo.configure(script, **constants)
@@ -93,7 +92,7 @@ def run(script, constants: dict, path: str) -> None:
     script.main()
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     whole = [time.perf_counter() - start, int(peak.split()[1]) / 2**20]
-    Path(path).write_text(json.dumps({"stages": results, "whole": whole}))
+    path.write_text(json.dumps({"stages": results, "whole": whole}))
 
 
 def in_process(name: str, constants: dict, path: Path) -> dict:
@@ -137,8 +136,7 @@ def main(parent: str | None) -> None:
 
 if __name__ == "__main__":
     if "--run" in sys.argv:
-        run(
-            importance_analysis if sys.argv[2] == "importance_analysis" else prune, json.loads(sys.argv[3]), sys.argv[4]
-        )
+        name, constants, path = sys.argv[2:]
+        run({script.__name__: script for script in STAGES}[name], json.loads(constants), Path(path))
     else:
         main(sys.argv[1] if len(sys.argv) > 1 else None)
