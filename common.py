@@ -300,6 +300,7 @@ PLACES = {  # place -> the linear layers that read the same input there
     FEEDFORWARD_INPUT: ("mlp.gate_proj", "mlp.up_proj"),
     NEURONS_AT: ("mlp.down_proj",),
 }
+MOMENTS_ROWS = "rows.safetensors"  # the calibration rows beside the second moments
 PRE_NORMS = {"input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,)}
 POST_NORMS = {"post_attention_layernorm": (HIDDEN,), "post_feedforward_layernorm": (HIDDEN,)}
 NORMS_BEFORE_AND_AFTER = PRE_NORMS | POST_NORMS | {"pre_feedforward_layernorm": (HIDDEN,)}
@@ -318,6 +319,7 @@ class Family:
     output_norms: dict[str, str] = field(default_factory=dict)  # place -> the norm behind its linear layer
     per_layer: tuple[str, ...] = ("layer_types",)  # lists in config.json with one entry per layer
     rope_per_layer_type: bool = False  # rope_parameters holds an entry for each layer type
+    legacy_rope: dict[str, str] = field(default_factory=dict)  # older key -> layer type whose rope_theta it held
     norm_offset: float = 0.0  # a norm multiplies by its weight plus this
     scaled_embedding: bool = False  # embeddings are multiplied by the square root of hidden_size
     # What other runtimes assume (vLLM's own code and llama.cpp, as of 2026-09):
@@ -360,6 +362,7 @@ FAMILIES = {  # model_type in config.json -> family
         input_norms=INPUT_NORMS | {FEEDFORWARD_INPUT: "pre_feedforward_layernorm"},
         output_norms=OUTPUT_NORMS,
         rope_per_layer_type=True,
+        legacy_rope={"rope_local_base_freq": SLIDING},
         norm_offset=1.0,
         scaled_embedding=True,
         pattern=(SLIDING,) * 5 + (FULL,),
@@ -403,6 +406,8 @@ class TensorInfo:
 
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # those that Pare slices
+SAFETENSORS_DTYPES = {*DTYPE_BYTES, "BOOL", "C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2"}
+SAFETENSORS_DTYPES |= {"F8_E5M2FNUZ", "F8_E8M0", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"}
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LOCAL_OR_DEMO = "A local folder works too, and `uv run demo.py` needs no network."
 
@@ -547,7 +552,7 @@ def tensor_infos(checkpoint: Checkpoint, constant: str) -> dict[str, TensorInfo]
     if missing:
         raise PareError(
             f"{what} lacks {first_names(missing)}. Pare reads safetensors only (save_pretrained converts others). "
-            f"{checkpoint.again}"
+            f"{'' if any(folder.glob('*.bin')) else checkpoint.again}"
         )
     infos = {}
     for file in files:
@@ -558,7 +563,8 @@ def tensor_infos(checkpoint: Checkpoint, constant: str) -> dict[str, TensorInfo]
     if weight_map and set(weight_map) != set(infos):
         lost = sorted(set(weight_map) ^ set(infos))
         raise PareError(f"{what}: {index.name} and the files disagree on {first_names(lost)}. {checkpoint.again}")
-    return infos
+    # old Llama checkpoints hold buffers that transformers computes itself
+    return {name: info for name, info in infos.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -579,7 +585,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     infos = {}
     for start, end, name in spans:
         shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
-        if end - start != math.prod(shape) * DTYPE_BYTES.get(dtype, (end - start) / max(1, math.prod(shape))):
+        if dtype not in SAFETENSORS_DTYPES or not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise ValueError(f"{name} is of shape {shape} and dtype {dtype}")
+        if dtype in DTYPE_BYTES and end - start != math.prod(shape) * DTYPE_BYTES[dtype]:
             raise ValueError(f"{name} has {end - start} bytes, which is not its shape {shape} in {dtype}")
         infos[name] = TensorInfo(path.name, shape, dtype, 8 + length + start)
     return infos
@@ -615,7 +623,10 @@ class Source:
         buffer = np.empty(size, np.uint8) if buffer is None else buffer
         rest, file = memoryview(buffer).cast("B"), self.files[info.file].fileno()
         while rest:  # a call reads 2 GiB at most
-            count = os.preadv(file, [rest[: 2**30]], info.start + start + size - len(rest))
+            try:
+                count = os.preadv(file, [rest[: 2**30]], info.start + start + size - len(rest))
+            except OSError as error:
+                raise PareError(f"{self.folder / info.file} cannot be read ({first_line(error)}).") from None
             if not count:
                 raise PareError(f"{self.folder / info.file} ended early: it changed while it was read.")
             rest = rest[count:]
@@ -650,7 +661,8 @@ def hash_checkpoint(checkpoint: Checkpoint, constant: str) -> str:
     for name, info in sorted(tensor_infos(checkpoint, constant).items()):
         if info.file not in shards:
             shards[info.file] = safe_open(checkpoint.folder / info.file, framework="pt")
-        sample = shards[info.file].get_slice(name)[:2].contiguous()
+        file = shards[info.file]
+        sample = (file.get_slice(name)[:2] if info.shape else file.get_tensor(name).view(1)).contiguous()
         digest.update(f"{name} {info.shape} {info.dtype}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -866,15 +878,16 @@ def pack_rows(
     are taken at a time: a fast tokenizer works on them in parallel.
     """
     eos = tokenizer.eos_token_id
-    documents, ids, positions = iter(documents), [], []
+    documents, ids, positions, number = iter(documents), [], [], 0
     while batch := list(itertools.islice(documents, read_ahead)):
         for new in tokenizer(batch, verbose=False)["input_ids"]:
+            number += 1
             if not new or new[-1] != eos:
                 new = [*new, eos]
             if max(new) >= vocab_size:
                 raise PareError(
-                    f"the tokenizer gives token {max(new)}, but the model's vocabulary ends at {vocab_size - 1}; "
-                    "tokenizer and model do not belong together."
+                    f"DATASET: document {number} holds token {max(new)}, but the model's vocabulary ends at "
+                    f"{vocab_size - 1}: the tokenizer beside the model is of another one. Download the model again."
                 )
             taken = 0
             while len(ids) + len(new) - taken >= length:
@@ -895,6 +908,8 @@ def check_own_folder(path: Path, constant: str, script: str) -> None:
     parent = existing_parent(path)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise PareError(f"{constant} = {str(path)!r}: {parent} is not a folder that can be written. Choose another.")
+    if path.is_mount():  # it cannot be renamed
+        raise PareError(f"{constant} = {str(path)!r} is the root of a disk. Choose a folder on it.")
     if not path.exists() or (path.is_dir() and {file.name for file in path.iterdir()} <= {".pare.json.tmp"}):
         return
     try:
@@ -914,11 +929,11 @@ def check_own_folder(path: Path, constant: str, script: str) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    return next(folder for folder in path.absolute().parents if folder.exists())
+    return next(folder for folder in path.resolve().parents if folder.exists())
 
 
-def check_outside(path: Path, checkpoint: Checkpoint, constant: str) -> None:
-    if path.resolve().is_relative_to(checkpoint.folder.resolve()):
+def check_outside(path: Path, model_folder: Path, constant: str) -> None:
+    if model_folder.is_dir() and path.resolve().is_relative_to(model_folder.resolve()):
         raise PareError(
             f"{constant} = {str(path)!r} lies in the folder of MODEL, where Pare never writes. Choose another."
         )
@@ -940,12 +955,13 @@ def new_folder(path: Path, script: str, constant: str = "OUTPUT_DIR") -> Iterato
     What `path` held before is replaced only after its successor is complete and synced to disk.
     """
     path = path.resolve()  # a link stays a link
-    temporary, old = path.with_name(f".{path.name}.tmp"), old_folder(path)
+    temporary, old = temporary_folder(path), old_folder(path)
     if old.exists() and not path.exists():  # killed between the two renames below
         old.rename(path)
     check_own_folder(path, constant, script)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in (temporary, discarded_folder(path)):  # of killed runs
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         replace_folder(temporary, path)
@@ -961,20 +977,40 @@ def new_folder(path: Path, script: str, constant: str = "OUTPUT_DIR") -> Iterato
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def moments_file(layer: int | None) -> str:
+    """The file of a layer's second moments; None for the LM head's input."""
+    return "outside.safetensors" if layer is None else f"layer-{layer}.safetensors"
+
+
+def temporary_folder(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
 def old_folder(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
+def discarded_folder(path: Path) -> Path:
+    return path.with_name(f".{path.name}.discarded")
+
+
+def discard_old(path: Path) -> None:
+    """Delete what `path` held before, under a third name: what a kill leaves half of it is never taken for whole."""
+    if old_folder(path).exists():
+        shutil.rmtree(discarded_folder(path), ignore_errors=True)
+        old_folder(path).rename(discarded_folder(path))
+    shutil.rmtree(discarded_folder(path), ignore_errors=True)
+
+
 def replace_folder(temporary: Path, path: Path) -> None:
     """Sync the folder `temporary` to disk and rename it onto `path`; what `path` held is removed afterwards."""
-    old = old_folder(path)
     sync_folder(temporary)
     if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
+        discard_old(path)
+        path.rename(old_folder(path))
     temporary.rename(path)
     sync_file(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    discard_old(path)
 
 
 @contextmanager

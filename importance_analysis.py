@@ -43,7 +43,7 @@ BATCH_SIZE: int = 4  # rows per forward pass; the scores depend on it by roundin
 LAYER_PERPLEXITY: bool = True  # also the perplexity without each layer: half a forward pass per layer
 LAYER_PERPLEXITY_SAMPLES: int = 32  # of the calibration rows, for that
 SECOND_MOMENTS: bool = True  # also what prune.py needs to refit what it cuts: 26 GB on disk for a 7B model
-SECOND_MOMENT_SAMPLES: int = 256  # of the calibration rows, for that; about 100 tokens per neuron are plenty
+SECOND_MOMENT_SAMPLES: int = 256  # of the calibration rows, for that: 95 tokens per neuron of a 7B model
 SCORES_PATH: str = "importance_scores.pt"  # beside it the picture, as .png, and the folder .moments
 SAVE_MINUTES: float = 5.0  # unfinished sums are saved this often
 SEED: int = 0  # order in which documents are drawn
@@ -51,8 +51,6 @@ DEVICE: str = "auto"  # auto | cuda | mps | cpu; auto spreads a model that is to
 DTYPE: str = "auto"  # auto | bfloat16 | float32; auto is bfloat16 on a GPU
 
 ENOUGH_CORRELATION = 0.95  # between two halves of the samples; below it, more samples would still change the choice
-OUTSIDE = "outside.safetensors"  # the second moments of the LM head's input
-ROWS = "rows.safetensors"  # the calibration rows beside them
 STRIDE = 16  # angles and norm statistics are read at every 16th token of a row, counted back from its last
 CACHED_VALUES = 2**18  # float32 values that fit into the cache of one or two CPU cores
 LOSS_TOKENS = 1024  # tokens whose logits exist at once
@@ -136,7 +134,7 @@ def run_stage(stage: str, sums: Sums, rows: torch.Tensor, half: torch.Tensor, ba
 
 
 class Hooks:
-    """Hooks that read each activation of the decoder layers once and add what the scores need to `sums`.
+    """Hooks that reduce the activations of the decoder layers to what the scores need, and add it to `sums`.
 
     Sums over samples, of all layers in a row: `mlp`, `attention` and the norms' outputs (mean over T of |x|)² (arXiv
     2407.14679 §2.2), `layer` 1 - cosine, `energy.…` mean squares of a block's input, `norm.…` mean squares of a norm's
@@ -149,7 +147,7 @@ class Hooks:
         self.powers: dict[tuple[str, int, int], list[torch.Tensor]] = defaultdict(list)
         self.cosines: list[tuple[torch.Tensor, ...]] = []  # of each layer: input · output, |input| and |output|, (B, T)
         self.stream: list[torch.Tensor] = []  # layer inputs and the last output at every STRIDE-th token
-        self.last: tuple | None = None  # the layer output just seen, which is the next layer's input, and its L2 norms
+        self.last = None, None  # the layer output just seen, which is the next layer's input, and its L2 norms
         self.handles, self.buffers = [], {}
         for layer in model.layers:
             modules = dict(layer.named_modules())
@@ -211,7 +209,7 @@ class Hooks:
         self.powers[name, power, x.shape[1]].append(self.sum_of_powers(x, power))
 
     def add_norm(self, x: torch.Tensor, name: str) -> None:
-        """Sum over tokens of x² / (mean over channels of x²): each channel's share in the norm's denominator.
+        """Sum over every STRIDE-th token of x² / (mean over channels of x²): each channel's share in the denominator.
 
         Relative to its own token: the few tokens of enormous activations that language models have count as one each.
         """
@@ -222,7 +220,7 @@ class Hooks:
     def add_layer(self, layer, inputs, output) -> None:
         """What block importance needs: 1 - cosine of input and output, mean over tokens (arXiv 2403.03853 eq. 1)."""
         x, y = inputs[0], output[0] if isinstance(output, tuple) else output
-        known = self.last[1] if self.last is not None and self.last[0] is x else norms_of(x)
+        known = self.last[1] if self.last[0] is x else norms_of(x)
         self.last = (y, norms_of(y))
         self.cosines.append((self.products(x, y.to(x.device)), known, self.last[1]))
         if not self.stream:
@@ -252,7 +250,7 @@ class Hooks:
         values["angle_last"], values["angle_mean"] = distances[:, -1].flatten(1), distances.mean(1).flatten(1)
         self.sums.add(values, half)
         self.powers.clear()
-        self.cosines, self.stream, self.last = [], [], None
+        self.cosines, self.stream, self.last = [], [], (None, None)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -303,7 +301,7 @@ def scores_of(sums: dict[str, torch.Tensor], family: common.Family, head_dim: in
         "attention": heads.sqrt().float(),
         "attn_ln": stack("attn_ln").sqrt().sum(0).float(),
         "ffn_ln": stack("ffn_ln").sqrt().sum(0).float(),
-        "hidden": (energy / energy.sum(1, keepdim=True)).sum(0).float(),
+        "hidden": (energy / energy.sum(1, keepdim=True).clamp(min=1e-30)).sum(0).float(),
         "layer": dict(enumerate((sums["layer"] / samples).tolist())),
         "angular_distance": angles["angle_last"].float(),
         "angular_distance_mean": angles["angle_mean"].float(),
@@ -319,11 +317,13 @@ def scores_of(sums: dict[str, torch.Tensor], family: common.Family, head_dim: in
 def row_losses(model, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Mean next-token loss (B,), float32, of hidden states (B, T, H) after the last layer."""
     normed, head = model.base_model.norm(hidden), model.get_output_embeddings()
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma's
     total = torch.zeros(len(rows), device=rows.device)
     step = max(1, LOSS_TOKENS // len(rows))
     for start in range(0, rows.shape[1] - 1, step):
         targets = rows[:, start + 1 : start + 1 + step]
         logits = head(normed[:, start : start + targets.shape[1]]).float()  # (B, t, V)
+        logits = cap * torch.tanh(logits / cap) if cap else logits
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten().to(logits.device), reduction="none"
         )
@@ -385,14 +385,14 @@ def perplexities_of(sums: dict[str, torch.Tensor]) -> dict:
 # Second moments: what the inputs of every cut linear layer have in common
 
 
-def moment_files(config, checkpoint: common.Checkpoint) -> dict[str, dict[str, int]]:
-    """File name -> matrix -> channels: `layer-3.safetensors` for each layer, `outside.safetensors` for the LM head."""
+def moment_files(config, checkpoint: common.Checkpoint) -> dict[int | None, dict[str, int]]:
+    """Layer -> matrix -> channels, a file each; None for the LM head's input, where it is not tied."""
     heads = config.num_attention_heads * checkpoint.head_dim
     widths = {HIDDEN: config.hidden_size, common.NEURONS: config.intermediate_size, common.QUERY: heads}
     places = {place: widths[checkpoint.family.modules[place][1]] for place in common.PLACES}
     places |= {f"{place}.output": config.hidden_size for place in checkpoint.family.output_norms}
-    files = {f"layer-{index}.safetensors": places for index in range(config.num_hidden_layers)}
-    return files if config.tie_word_embeddings else files | {OUTSIDE: {common.LM_HEAD: config.hidden_size}}
+    files = dict.fromkeys(range(config.num_hidden_layers), places)
+    return files if config.tie_word_embeddings else files | {None: {common.LM_HEAD: config.hidden_size}}
 
 
 def moment_bytes(places: dict[str, int]) -> int:
@@ -411,14 +411,14 @@ def free_memory(device: torch.device) -> int:
     return int(0.8 * available / processes)
 
 
-def plan_passes(files: dict[str, dict[str, int]], budget: int) -> list[dict[str, dict[str, int]]]:
+def plan_passes(files: dict, budget: int) -> list[dict]:
     """Files in turns, each turn's matrices at most `budget` bytes (but at least one file)."""
     turns, size = [{}], 0
-    for name, places in files.items():
+    for layer, places in files.items():
         if turns[-1] and size + moment_bytes(places) > budget:
             turns.append({})
             size = 0
-        turns[-1][name] = places
+        turns[-1][layer] = places
         size += moment_bytes(places)
     return turns
 
@@ -432,13 +432,12 @@ class MomentHooks:
     few tokens of enormous activations that language models have would otherwise be all that is fitted.
     """
 
-    def __init__(self, model, family: common.Family, file: str, matrices: dict[str, int]):
+    def __init__(self, model, family: common.Family, index: int | None, matrices: dict[str, int]):
         self.matrices, self.sums, self.handles = matrices, {}, []
-        if file == OUTSIDE:
+        if index is None:
             self.hook(model.norm, self.stream(common.LM_HEAD, relative=True), before=True)
             return
-        layer = model.layers[int(file.removeprefix("layer-").removesuffix(".safetensors"))]
-        self.stream_weight = None
+        layer, self.stream_weight = model.layers[index], None
         for stream, output in ((common.ATTENTION_INPUT, common.HEADS), (common.FEEDFORWARD_INPUT, common.NEURONS_AT)):
             norm = family.input_norms.get(stream)
             self.hook(layer.get_submodule(norm or stream), self.stream(stream, relative=norm is not None), before=True)
@@ -509,17 +508,33 @@ def save_moments(path: Path, tensors: dict[str, torch.Tensor], identity: str) ->
     common.replace_file(path, lambda temporary: save_file(tensors, temporary, record))
 
 
+@torch.inference_mode()
+def moments_seconds(model, files: dict, rows: torch.Tensor, batch_size: int, passes: int) -> float:
+    """What write_moments will take, from one batch: a pass costs what it costs, each product what the model's cost."""
+    batch = rows[:batch_size].to(model.device)
+    start = time.perf_counter()
+    model.base_model(input_ids=batch, use_cache=False).last_hidden_state.sum().item()  # which waits for a GPU
+    seconds = time.perf_counter() - start
+    products = sum(channels**2 for places in files.values() for channels in places.values())
+    weights = sum(parameter.numel() for parameter in model.base_model.layers.parameters())
+    return seconds * len(rows) / len(batch) * (passes + products / weights)
+
+
 def write_moments(model, family: common.Family, files: dict, rows: torch.Tensor, batch_size, folder, identity) -> None:
     """Write one safetensors file per entry of `files`: E[x xᵀ] and E[x] at every place (see MomentHooks), float32.
 
     As many files per pass over `rows` as fit into memory beside the model; files of the same `identity` that are
     complete already are not made again.
     """
-    done = {name for name in files if common.pare_metadata(folder / name).get("fingerprint") == identity}
-    missing = {name: matrices for name, matrices in files.items() if name not in done}
+    paths = {layer: folder / common.moments_file(layer) for layer in files}
+    done = {layer for layer, path in paths.items() if common.pare_metadata(path).get("fingerprint") == identity}
+    missing = {layer: matrices for layer, matrices in files.items() if layer not in done}
     turns = common.from_rank_0(plan_passes(missing, free_memory(model.device)) if missing else [])
+    if turns:
+        minutes = moments_seconds(model, missing, rows, batch_size, len(turns)) / 60
+        print(f"second moments: about {minutes:.0f} minutes" if minutes >= 1 else "second moments: less than a minute")
     for number, turn in enumerate(turns, 1):
-        hooks = {name: MomentHooks(model.base_model, family, name, matrices) for name, matrices in turn.items()}
+        hooks = {layer: MomentHooks(model.base_model, family, layer, matrices) for layer, matrices in turn.items()}
         progress = common.Progress(len(rows), "samples", f"second moments, pass {number} of {len(turns)}")
         try:
             with torch.inference_mode():
@@ -530,13 +545,13 @@ def write_moments(model, family: common.Family, files: dict, rows: torch.Tensor,
             progress.close()
             for hook in hooks.values():
                 hook.remove()
-        for name, hook in hooks.items():
+        for layer, hook in hooks.items():
             means = hook.means()
             if common.rank_and_world()[0] == 0:
-                save_moments(folder / name, means, identity)
+                save_moments(paths[layer], means, identity)
 
 
-def check_moments_room(files: dict[str, dict[str, int]], folder: Path, temporary: Path) -> None:
+def check_moments_room(files: dict, folder: Path, temporary: Path) -> None:
     """Print what the second moments take, and refuse where the disk is too small or the folder holds other things."""
     ours = re.compile(r"layer-\d+\.safetensors|outside\.safetensors|rows\.safetensors")
     if folder.exists() and not (folder.is_dir() and all(ours.fullmatch(path.name) for path in folder.iterdir())):
@@ -579,8 +594,8 @@ def calibration_rows(documents, tokenizer, num_samples: int, length: int, vocab_
     raise PareError(
         f"NUM_SAMPLES = {num_samples}: {what} has text for {len(rows)} rows of SEQUENCE_LENGTH = {length} only. "
         f"Set NUM_SAMPLES = {len(rows)} or a smaller SEQUENCE_LENGTH."
-        if rows
-        else f"SEQUENCE_LENGTH = {length}: {what} has too little text for a single row. Give it more, or lower it."
+        if len(rows) > 1
+        else f"SEQUENCE_LENGTH = {length}: {what} has too little text for two rows. Give it more, or lower it."
     )
 
 
@@ -722,11 +737,11 @@ def score(checkpoint, rows: torch.Tensor, meta: dict, scores_path: Path, device,
     rank, world = common.rank_and_world()
     family, config = checkpoint.family, checkpoint.config
     moments, files = scores_path.with_suffix(".moments"), moment_files(config, checkpoint)
-    temporary = moments.with_name(f".{moments.name}.tmp")
+    temporary = common.temporary_folder(moments)
     if SECOND_MOMENTS:
         check_moments_room(files, moments, temporary)
     model = common.load_model(checkpoint, dtype, device, "MODEL")
-    run = meta | {"rank": rank, "world": world, "batch_size": BATCH_SIZE, "device": device.type}
+    run = meta | {"moments": None, "rank": rank, "world": world, "batch_size": BATCH_SIZE, "device": device.type}
     partial = scores_path.with_name(f".{scores_path.stem}.partial-{rank}-of-{world}.safetensors")
     sums = Sums(partial, fingerprint(run | {"depth": LAYER_PERPLEXITY and LAYER_PERPLEXITY_SAMPLES}), 60 * SAVE_MINUTES)
     mine, half = rows[rank::world], (torch.arange(len(rows)) % 2)[rank::world]
@@ -740,10 +755,10 @@ def score(checkpoint, rows: torch.Tensor, meta: dict, scores_path: Path, device,
     if SECOND_MOMENTS:
         some = rows[:SECOND_MOMENT_SAMPLES][rank::world]
         if rank == 0:
-            clear_leftovers(temporary, {*files, ROWS})
+            clear_leftovers(temporary, {*map(common.moments_file, files), common.MOMENTS_ROWS})
         write_moments(model, family, files, some, BATCH_SIZE, temporary, meta["moments"])
         if rank == 0:
-            save_moments(temporary / ROWS, {"rows": rows[:SECOND_MOMENT_SAMPLES].int()}, meta["moments"])
+            save_moments(temporary / common.MOMENTS_ROWS, {"rows": rows[:SECOND_MOMENT_SAMPLES].int()}, meta["moments"])
     sums.reduce()
     results = [scores_of(sums.sums, family, checkpoint.head_dim, halves) for halves in ((0, 1), (0,), (1,))]
     if LAYER_PERPLEXITY:
@@ -765,6 +780,7 @@ def main() -> Path:
             if constants[name] < world:
                 raise PareError(f"{name} = {constants[name]}: each of the {world} processes needs at least one.")
         scores_path = common.output_path("SCORES_PATH", SCORES_PATH)
+        common.check_outside(scores_path, Path(MODEL).expanduser(), "SCORES_PATH")
         with common.lock(scores_path, "SCORES_PATH", rank):
             return analyse(script, scores_path, rank)
 
@@ -777,7 +793,7 @@ def analyse(script, scores_path: Path, rank: int) -> Path:
     dtype = common.pick_dtype(DTYPE, device)
     check_length = lambda found: common.check_length(found, SEQUENCE_LENGTH, "MODEL")  # noqa: E731
     checkpoint = common.find_checkpoint(MODEL, REVISION, "MODEL", check_length)
-    common.check_outside(scores_path, checkpoint, "SCORES_PATH")
+    common.check_outside(scores_path, checkpoint.folder, "SCORES_PATH")
     config = checkpoint.config
     tokenizer = common.load_tokenizer(checkpoint, "MODEL")
     documents = common.open_text(DATASET, DATASET_CONFIG, DATASET_SPLIT, TEXT_COLUMN, shuffle_seed=SEED)
@@ -827,17 +843,18 @@ def write(scores: dict, halves: list[dict], layer_types: list[str], scores_path:
     the two, the same command puts the finished new ones in their place."""
     moments = scores_path.with_suffix(".moments")
     common.save_scores(scores, scores_path)
-    temporary = moments.with_name(f".{moments.name}.tmp")
+    temporary = common.temporary_folder(moments)
     if scores["meta"]["moments"]:
         common.replace_folder(temporary, moments)
-    for left in (temporary, common.old_folder(moments)):  # of killed runs
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
+    common.discard_old(moments)
     for partial in scores_path.parent.glob(f".{scores_path.stem}.partial-*.safetensors"):
         partial.unlink()
     plot(scores, layer_types, scores_path.with_suffix(".png"))
     report(scores, halves, layer_types, scores["meta"]["num_samples"])
     print(f"\nWrote {scores_path} and {scores_path.with_suffix('.png')}.", end=" ")
-    print(f"Next: uv run prune.py MODEL={MODEL} SCORES_PATH={scores_path}")
+    revision = f" REVISION={REVISION}" if REVISION else ""
+    print(f"Next: uv run prune.py MODEL={MODEL} SCORES_PATH={scores_path}{revision}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     uv run prune.py
 
 Keeps the most important hidden channels, MLP neurons, attention heads and layers, corrects what is left for what went
-(NORM_RESCALE, REFIT), and writes a smaller Hugging Face checkpoint into OUTPUT_DIR. Planned from the headers alone,
-then streamed: byte ranges of the teacher in, rows of the student out. No model is ever built, so memory does not grow
-with the model, and a killed run leaves nothing behind but a temporary folder, which the next run clears.
+(NORM_RESCALE, REFIT), and writes a smaller Hugging Face checkpoint into OUTPUT_DIR. Slicing streams: byte ranges of
+the teacher in, rows of the student out, in memory that does not grow with the model. REFIT works on one layer's second
+moments at a time; REFIT_SAMPLES holds one decoder layer of each model, and the residual stream of its rows. A killed
+run leaves nothing behind but a temporary folder, which the next run clears.
 
 Shapes: H hidden, F intermediate, Q query heads, G key-value heads, D head dim, L layers, V vocabulary, S kept and R
 removed inputs of a linear layer.
@@ -15,11 +16,11 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import shutil
 import statistics
 import sys
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ NUM_ATTENTION_HEADS: int | None = None  # query heads kept in each layer; 3.6B g
 NUM_KEY_VALUE_HEADS: int | None = None  # None: follow the query heads; fewer than the groups allow are averaged
 NUM_HIDDEN_LAYERS: int | None = None  # layers kept, the least important dropped (teacher: 32)
 LAYERS_TO_DROP: list[int] | None = None  # these layers instead, counted from 0
+HIDDEN_METRIC: str = "block_inputs"  # block_inputs | norm_outputs, as the paper; without ROTATE
 LAYER_METRIC: str = "perplexity"  # block_importance | perplexity | angular_distance
 CONTIGUOUS_LAYERS: bool = False  # drop one block of layers, never the first or the last (arXiv 2403.17887)
 PROTECT_FULL_ATTENTION: bool = True  # never choose a full-attention layer to drop, unless inside a block
@@ -80,8 +82,8 @@ class Sizes:
 
 
 def sizes_text(sizes: Sizes) -> str:
-    """The sizes as constants, to paste or to name in a message."""
-    return ", ".join(f"{name.upper()} = {value}" for name, value in vars(sizes).items())
+    """The sizes as constants, to paste behind `uv run prune.py`."""
+    return " ".join(f"{name.upper()}={value}" for name, value in vars(sizes).items())
 
 
 def sizes_of(config) -> Sizes:
@@ -155,11 +157,10 @@ def target_layers(num_layers: int, target: int | None, layers_to_drop: list[int]
 def check_targets(checkpoint: common.Checkpoint, targets: dict) -> None:
     """Refuse impossible sizes by config.json alone, before a large download."""
     teacher = sizes_of(checkpoint.config)
-    check_sizes(teacher, targets)
-    if targets["TARGET_PARAMS"] is None:
-        target_sizes(teacher, targets, targets["LAYERS_TO_DROP"])
-    else:
-        parse_params(targets["TARGET_PARAMS"])
+    if targets["TARGET_PARAMS"] is not None:
+        count = parameter_counter(shapes_of(checkpoint.config), checkpoint)
+        targets = derive_targets(teacher, targets, count, checkpoint.head_dim)
+    target_sizes(teacher, targets, targets["LAYERS_TO_DROP"])
 
 
 def parse_params(text: str) -> float:
@@ -174,12 +175,12 @@ def parse_params(text: str) -> float:
     return count
 
 
-def parameter_counter(infos: dict, checkpoint: common.Checkpoint):
+def parameter_counter(shapes: dict[str, tuple], checkpoint: common.Checkpoint):
     """A function from Sizes to the number of parameters of such a model, by the axes of the teacher's tensors."""
     head_dim, counts = checkpoint.head_dim, {}
-    for name, info in infos.items():
+    for name, shape in shapes.items():
         axes, layer = axes_of(checkpoint.family, name)
-        fixed = math.prod(size for size, axis in zip(info.shape, axes, strict=True) if axis is WHOLE)
+        fixed = math.prod(size for size, axis in zip(shape, axes, strict=True) if axis is WHOLE)
         key = tuple(axis for axis in axes if axis is not WHOLE), layer is not None
         counts[key] = counts.get(key, 0) + fixed
 
@@ -208,7 +209,8 @@ def round_sizes(largest: int) -> list[int]:
 
 
 def derive_targets(teacher: Sizes, targets: dict, count, head_dim: int) -> dict:
-    """Fill the widths that are None so that the model has TARGET_PARAMS parameters; the depth stays.
+    """Fill the widths that are None so that the model has TARGET_PARAMS parameters, or comes nearest to it with the
+    sizes that are set; the depth stays.
 
     Of the round shapes within 1 % of the nearest, the one whose MLP shrinks most nearly with the square of its hidden
     size, as in the Minitron models (arXiv 2408.11796 Table 3). Where the teacher has hidden_size = heads x head_dim, so
@@ -239,19 +241,21 @@ def derive_targets(teacher: Sizes, targets: dict, count, head_dim: int) -> dict:
             found += shapes
             if shapes:  # heads that fit come first
                 break
-    smallest, largest = (pick((count(sizes) for _, _, sizes in found), default=0) for pick in (min, max))
     if not found:  # whatever is wrong with the sizes set by hand
         target_sizes(teacher, targets, targets["LAYERS_TO_DROP"])
         raise PareError(
             f"TARGET_PARAMS = {targets['TARGET_PARAMS']!r}: no round shape has these sizes. Set all by hand."
         )
-    if not 0.98 * smallest <= wanted <= min(count(teacher), 1.02 * largest):
+    smallest, largest = (pick(count(sizes) for _, _, sizes in found) for pick in (min, max))
+    free = not any(by_hand.values()) and targets["LAYERS_TO_DROP"] is None
+    if free and not 0.98 * smallest <= wanted <= 1.02 * largest:
         raise PareError(
-            f"TARGET_PARAMS = {targets['TARGET_PARAMS']!r}: with the other sizes as they are set, this teacher gives "
-            f"from {parameters_text(smallest)} to {parameters_text(largest)} parameters. Choose one between, or None."
+            f"TARGET_PARAMS = {targets['TARGET_PARAMS']!r}: this teacher gives from {parameters_text(smallest)} to "
+            f"{parameters_text(largest)} parameters. Choose one between, or None."
         )
     nearest = min(error for error, _, _ in found)
-    sizes = min((choice for choice in found if choice[0] <= nearest + 0.01), key=lambda choice: choice[1])[2]
+    limit = min(nearest + 0.01, max(nearest, 0.02))
+    sizes = min((choice for choice in found if choice[0] <= limit), key=lambda choice: choice[1])[2]
     return targets | {name: getattr(sizes, name.lower()) for name in SIZE_NAMES[:4]}
 
 
@@ -275,12 +279,12 @@ def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
     return scores.argsort(descending=True, stable=True)[:k].sort().values
 
 
-def choose(scores: dict, teacher: Sizes, student: Sizes, layers: list[int]) -> Keep:
-    """Top-k per layer for neurons and heads, one global set of hidden channels (arXiv 2407.14679 §2.2)."""
+def choose(scores: dict, teacher: Sizes, student: Sizes, layers: list[int], hidden_metric: str) -> Keep:
+    """Top-k per layer for neurons and heads (arXiv 2407.14679 §2.2), one set of hidden channels for all layers."""
     heads = [choose_heads(layer_scores, teacher, student) for layer_scores in scores["attention"]]
     return Keep(
         layers=layers,
-        hidden=top_k(scores["hidden"], student.hidden_size),
+        hidden=top_k(HIDDEN_METRICS[hidden_metric](scores), student.hidden_size),
         neurons=[top_k(layer_scores, student.intermediate_size) for layer_scores in scores["mlp"]],
         query_heads=[query for query, _ in heads],
         key_value_heads=[key_value for _, key_value in heads],
@@ -317,7 +321,8 @@ def group_heads(distances: torch.Tensor, size: int) -> list[list[int]]:
 
 def head_distances(keys: torch.Tensor, values: torch.Tensor, moments: torch.Tensor | None) -> torch.Tensor:
     """(G, G) squared distances between the key-value heads of a layer: between their outputs, of keys and of values,
-    each relative to its mean size. keys and values (G, D, H); moments (H, H) of their input, None for white input."""
+    each relative to its mean size. keys and values (G, D, H + 1), the bias last; moments (H + 1, H + 1) of their input
+    and 1, None for white input."""
     total = 0
     for weights in (keys.double(), values.double()):
         moved = weights if moments is None else weights @ moments.double()
@@ -334,12 +339,21 @@ def average_heads(keep: Keep, family, teacher: Sizes, student: Sizes, source: So
         size = len(kept) // student.num_key_value_heads
         if size == 1:
             continue
-        names = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "kv"]
-        keys, values = (source.whole(name).unflatten(0, (teacher.num_key_value_heads, -1))[kept] for name in names)
+        prefix = f"model.layers.{layer}."
+        scale, behind, moment = 1.0, family.modules.get("self_attn.k_norm"), None
         if norm := family.input_norms.get(common.ATTENTION_INPUT):  # the moments are of what it multiplies
-            scale = source.whole(f"model.layers.{layer}.{norm}.weight").double() + family.norm_offset
-            keys, values = keys * scale, values * scale
-        moment = moments.read(layer, common.ATTENTION_INPUT)[0] if moments else None
+            scale = source.whole(f"{prefix}{norm}.weight").double() + family.norm_offset
+        if moments:
+            moment, mean = moments.read(layer, common.ATTENTION_INPUT)
+            moment = torch.cat([torch.cat([moment, mean[:, None]], 1), torch.cat([mean, torch.ones(1)])[None]])
+        heads = []
+        for name in ("self_attn.k_proj", "self_attn.v_proj"):
+            weight, bias = source.whole(f"{prefix}{name}.weight").double() * scale, f"{prefix}{name}.bias"
+            bias = source.whole(bias).double() if bias in source.infos else torch.zeros(len(weight)).double()
+            heads.append(torch.cat([weight, bias[:, None]], 1))
+        if behind == (KEY_VALUE,):  # a norm over all heads, with weights of each
+            heads[0] *= source.whole(f"{prefix}self_attn.k_norm.weight").double()[:, None] + family.norm_offset
+        keys, values = (head.unflatten(0, (teacher.num_key_value_heads, -1))[kept] for head in heads)
         groups = torch.tensor(group_heads(head_distances(keys, values, moment), size))  # (G', size)
         keep.key_value_heads[layer] = kept[groups]
         keep.query_heads[layer] = keep.query_heads[layer].view(len(kept), -1)[groups.flatten()].flatten()
@@ -359,6 +373,10 @@ def choose_neurons(keep: Keep, count: int, source: Source, moments: Moments, che
     progress.close()
 
 
+HIDDEN_METRICS = {  # constant -> importance of each hidden channel (H,) from the score file
+    "block_inputs": lambda scores: scores["hidden"],
+    "norm_outputs": lambda scores: scores["attn_ln"] + scores["ffn_ln"],
+}
 LAYER_METRICS = {  # constant -> importance of each layer (L,) from the score file
     "block_importance": lambda scores: scores["layer"],
     "perplexity": lambda scores: {i: math.log(value) for i, value in scores["layer_perplexity"].items()},
@@ -403,12 +421,12 @@ def choose_block(scores: dict, importance: dict[int, float], num_layers: int, me
             costs[start, end] = sum(importance[layer] for layer in range(start, end))
     if metric == "angular_distance":
         costs = scores["angular_distance"]
-    start = common.best_block(costs, count) if count else 0
+    start = common.best_block(costs, count)
     return list(range(start, start + count))
 
 
-def check_scores(scores: dict, checkpoint: common.Checkpoint, path: Path) -> None:
-    """Refuse scores that were made for another model, by its shapes, its config and its weights."""
+def check_scores(scores: dict, checkpoint: common.Checkpoint, path: Path, weights: bool = True) -> None:
+    """Refuse scores that were made for another model, by its shapes, its config and, where they are here, `weights`."""
     meta, config = scores["meta"], checkpoint.config
     shapes = {
         "mlp": (config.num_hidden_layers, config.intermediate_size),
@@ -419,7 +437,7 @@ def check_scores(scores: dict, checkpoint: common.Checkpoint, path: Path) -> Non
     same = (
         all(tuple(scores[key].shape) == shape for key, shape in shapes.items())
         and meta["config_hash"] == common.hash_config(checkpoint)
-        and meta["weights_hash"] == common.hash_checkpoint(checkpoint, "MODEL")
+        and (not weights or meta["weights_hash"] == common.hash_checkpoint(checkpoint, "MODEL"))
     )
     if not same:
         raise PareError(
@@ -445,7 +463,7 @@ def norm_factor(shares: torch.Tensor, kept: torch.Tensor) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The plan: every output tensor, from the headers alone
+# The plan: every output tensor, before any is written
 
 
 @dataclass(frozen=True)
@@ -578,7 +596,8 @@ def linear_correction(name: str, source: Source, checkpoint: common.Checkpoint, 
     axis = axes_of(family, f"{module}.weight")[0][1]
     kept = kept_channels(keep, axis, layer, checkpoint.head_dim)
     removed = torch.ones(source.infos[f"{module}.weight"].shape[1], dtype=torch.bool)
-    removed = removed.index_fill_(0, kept, False).nonzero().flatten()
+    removed[kept] = False
+    removed = removed.nonzero().flatten()
     if not len(removed):
         return {}
     norm = common.FINAL_NORM if layer is None else family.input_norms.get(place)
@@ -618,13 +637,19 @@ def rotation(name: str, source: Source, checkpoint: common.Checkpoint) -> dict:
     return {}
 
 
-def check_shapes(config, shapes: dict[str, tuple], what: str) -> None:
-    """Names and shapes must be those that transformers would build from the config (on the meta device)."""
+def shapes_of(config) -> dict[str, tuple]:
+    """Names and shapes of the tensors that transformers would build from a config, without a tied LM head."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings and "lm_head.weight" not in shapes:
-        del expected["lm_head.weight"]
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes[f"{common.LM_HEAD}.weight"]
+    return shapes
+
+
+def check_shapes(config, shapes: dict[str, tuple], what: str) -> None:
+    """Names and shapes must be those that transformers would build from the config."""
+    expected = shapes_of(config)
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if wrong:
         named = [f"{name} ({expected.get(name, 'none')} and {shapes.get(name, 'none')})" for name in wrong]
@@ -639,21 +664,15 @@ def portable_config(raw: dict, config) -> dict:
     transformers before 5 and several runtimes read only `rope_theta` and `rope_scaling`.
     """
     rope = config.rope_parameters
-    per_type = common.FAMILIES[config.model_type].rope_per_layer_type
-    main = rope["full_attention"] if per_type else rope
+    family = common.FAMILIES[config.model_type]
+    main = rope[common.FULL] if family.rope_per_layer_type else rope
     scaling = {key: value for key, value in main.items() if key != "rope_theta"}
-    local = (
-        {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]} if config.model_type == "gemma3_text" else {}
-    )
-    return (
-        raw
-        | local
-        | {
-            "rope_parameters": rope,
-            "rope_theta": main["rope_theta"],
-            "rope_scaling": None if main.get("rope_type", "default") == "default" else scaling,
-        }
-    )
+    legacy = {key: rope[kind]["rope_theta"] for key, kind in family.legacy_rope.items()}
+    legacy |= {
+        "rope_theta": main["rope_theta"],
+        "rope_scaling": None if main.get("rope_type", "default") == "default" else scaling,
+    }
+    return raw | {"rope_parameters": rope} | legacy
 
 
 def student_config(checkpoint: common.Checkpoint, sizes: Sizes, keep: Keep, norms: dict | None = None) -> dict:
@@ -679,7 +698,7 @@ def student_config(checkpoint: common.Checkpoint, sizes: Sizes, keep: Keep, norm
 
 
 def gather_columns(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """x[:, columns]; NumPy takes columns ten times faster than torch's index_select."""
+    """x[:, columns]; NumPy takes columns faster here than torch's index_select."""
     same_size = x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
     return torch.from_numpy(np.take(same_size.numpy(), columns.numpy(), axis=1, mode="clip")).view(x.dtype)
 
@@ -726,11 +745,11 @@ def cut_piece(tensor: Planned, rows: torch.Tensor, source: Source, refit: Refit 
     return y
 
 
-def pieces_of(tensor: Planned, source: Source) -> Iterator[torch.Tensor]:
+def pieces_of(tensor: Planned, source: Source) -> tuple[torch.Tensor, ...]:
     """The rows of a planned tensor in pieces that read about PIECE_BYTES each; rotated rows come all at once."""
     info = source.infos[tensor.weight or tensor.source]
     width = math.prod(info.shape[1:]) * common.DTYPE_BYTES[info.dtype] * tensor.rows.shape[1]
-    return iter(tensor.rows.split(len(tensor.rows) if tensor.mixed is not None else max(1, PIECE_BYTES // width)))
+    return tensor.rows.split(len(tensor.rows) if tensor.mixed is not None else max(1, PIECE_BYTES // width))
 
 
 def write_shard(path: Path, shard: list[Planned], source: Source, refit: Refit | None, progress) -> str:
@@ -840,7 +859,8 @@ def portability(raw: dict, family: common.Family, output: str, advice: str) -> l
     From the runtimes' sources as of 2026-09; nothing here runs them. `advice`: the nearest portable LAYERS_TO_DROP.
     """
     heads, head_dim, hidden = raw["num_attention_heads"], raw["head_dim"], raw["hidden_size"]
-    vllm, llama = f"vllm serve {output}", f"python convert_hf_to_gguf.py {output} --outtype bf16"
+    name, gguf = shlex.quote(output), shlex.quote(f"{Path(output).name}.gguf")
+    vllm, llama = f"vllm serve {name}", f"python convert_hf_to_gguf.py {name} --outtype bf16 --outfile {gguf}"
     vllm_problem = llama_problem = "ok"
     if family.square and hidden != heads * head_dim:
         fitting, key_value_heads = hidden // head_dim, raw["num_key_value_heads"]
@@ -869,7 +889,7 @@ def portability(raw: dict, family: common.Family, output: str, advice: str) -> l
         )
         if size % 256
     ]
-    lm_eval = f'uvx "lm-eval[hf]" run --model hf --model_args pretrained={output},dtype=bfloat16 --tasks mmlu'
+    lm_eval = f'uvx "lm-eval[hf]" run --model hf --model_args pretrained={name},dtype=bfloat16 --tasks mmlu'
     return [
         ("transformers >= 5.13", "ok", f'AutoModelForCausalLM.from_pretrained("{output}")'),
         ("vLLM", vllm_problem, vllm),
@@ -877,7 +897,7 @@ def portability(raw: dict, family: common.Family, output: str, advice: str) -> l
         (
             "GGUF K-quants",
             f"larger file: {', '.join(odd)} should be multiples of 256" if odd else "ok",
-            "llama-quantize <the .gguf> Q4_K_M",
+            f"llama-quantize {gguf} Q4_K_M",
         ),
         ("lm-eval", "ok", lm_eval),
     ]
@@ -947,7 +967,7 @@ def open_moments(scores: dict, scores_path: Path) -> Moments | None:
             f"REFIT = True: SCORES_PATH = {str(scores_path)!r} has no second moments. Run importance_analysis.py with "
             "SECOND_MOMENTS = True, or set REFIT = None."
         )
-    aside = folder.with_name(f".{folder.name}.tmp"), common.old_folder(folder)
+    aside = common.temporary_folder(folder), common.old_folder(folder)
     if identity and REFIT is not False and not folder.is_dir() and any(path.is_dir() for path in aside):
         raise PareError(f"SCORES_PATH: {folder} is not in place, a run was killed. Run importance_analysis.py again.")
     if REFIT is None and identity and not folder.is_dir():
@@ -1020,24 +1040,34 @@ def main() -> Path:
     targets = common.read_constants(script)
     output, scores_path = (common.output_path(name, targets[name]) for name in ("OUTPUT_DIR", "SCORES_PATH"))
     common.check_choice("LAYER_METRIC", LAYER_METRIC, LAYER_METRICS)
+    common.check_choice("HIDDEN_METRIC", HIDDEN_METRIC, HIDDEN_METRICS)
     common.check_own_folder(output, "OUTPUT_DIR", "prune.py")
     common.check_not_negative(targets, "REFIT_SAMPLES")
     scores, device = common.load_scores(scores_path), common.pick_device(DEVICE)
     device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
-    checkpoint = common.find_checkpoint(MODEL, REVISION, "MODEL", lambda found: check_targets(found, targets))
+
+    def check_config(found: common.Checkpoint) -> None:
+        check_targets(found, targets)
+        if found.revision:  # of a Hub id, whose weights may not be here yet
+            check_scores(scores, found, scores_path, weights=False)
+
+    checkpoint = common.find_checkpoint(MODEL, REVISION, "MODEL", check_config)
     for constant, path in (("MODEL", checkpoint.folder), ("SCORES_PATH", scores_path)):
         if path.resolve().is_relative_to(output.resolve()):
             raise PareError(f"OUTPUT_DIR = {OUTPUT_DIR!r} is, or holds, {constant} itself; choose another.")
-    common.check_outside(output, checkpoint, "OUTPUT_DIR")
+    common.check_outside(output, checkpoint.folder, "OUTPUT_DIR")
     with common.lock(output, "OUTPUT_DIR"), closing(open_teacher(checkpoint)) as source:
         config, teacher = checkpoint.config, sizes_of(checkpoint.config)
-        count = parameter_counter(source.infos, checkpoint)
+        common.check_hashes(checkpoint, "MODEL")
+        count = parameter_counter({name: info.shape for name, info in source.infos.items()}, checkpoint)
         if TARGET_PARAMS is not None:
             targets = derive_targets(teacher, targets, count, checkpoint.head_dim)
         student = target_sizes(teacher, targets, LAYERS_TO_DROP)
         old, new = count(teacher), count(student)
         print(f"pruning {MODEL} from {parameters_text(old)} to {parameters_text(new)} parameters into {output}/:")
         print(sizes_text(student), flush=True)
+        if TARGET_PARAMS is not None and abs(new / parse_params(TARGET_PARAMS) - 1) > 0.02:
+            print(f"(the nearest to TARGET_PARAMS = {TARGET_PARAMS!r} with the sizes that are set)")
         check_scores(scores, checkpoint, scores_path)
         check_room(output, new / old * sum(map(bytes_of, source.infos.values())))
         moments = open_moments(scores, scores_path)
@@ -1045,7 +1075,8 @@ def main() -> Path:
             moments.check(teacher.num_hidden_layers, not config.tie_word_embeddings)
 
         drop = drop_layers(scores, common.layer_types_of(config), student.num_hidden_layers)
-        keep = choose(scores, teacher, student, [i for i in range(teacher.num_hidden_layers) if i not in drop])
+        stay = [layer for layer in range(teacher.num_hidden_layers) if layer not in drop]
+        keep = choose(scores, teacher, student, stay, HIDDEN_METRIC)
         norms = scores["norms"] if NORM_RESCALE else None
         raw = student_config(checkpoint, student, keep, norms)
         common.parse_config(type(config), raw, sizes_text(student))
@@ -1083,7 +1114,7 @@ def check_portable(runtimes: list[tuple]) -> None:
 
 
 def check_room(output: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(next(folder for folder in output.absolute().parents if folder.exists())).free
+    free = shutil.disk_usage(common.existing_parent(output)).free
     needed = num_bytes + 100_000_000  # tokenizer and record
     if needed > free:
         raise PareError(

@@ -9,6 +9,7 @@ Shapes: H hidden, H' kept, F intermediate, S kept and R removed inputs of a line
 import itertools
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ import common
 from common import PareError, Source
 
 RIDGE = 1e-3  # relative to the mean second moment of the kept inputs
-RIDGE_IN_SEQUENCE = 0.5  # there it holds to the first fit; less fits few tokens too closely, more gains as little
+RIDGE_IN_SEQUENCE = 0.5  # there the pull is toward the first fit; found on the bundled teacher
 GREEDY_STEP = 1 / 64  # share of the neurons removed between two updates
 TOKENS_AT_ONCE = 4096  # in a batch of the refit in sequence
 
@@ -32,19 +33,17 @@ class Moments:
 
     def read(self, layer: int | None, place: str) -> tuple[torch.Tensor, torch.Tensor]:
         """E[x xᵀ] (channels, channels) and E[x] (channels), float32, of a layer's place or of the LM head's input."""
-        file = "outside.safetensors" if layer is None else f"layer-{layer}.safetensors"
-        moments, mean = self.tensors(file, place, f"{place}.mean")
-        return moments, mean
+        return tuple(self.tensors(common.moments_file(layer), place, f"{place}.mean"))
 
     def check(self, num_layers: int, head: bool) -> None:
         """That every file is there and of this run; their tensors are checked when they are read."""
-        layers = (f"layer-{layer}.safetensors" for layer in range(num_layers))
-        for file in (*layers, *(["outside.safetensors"] if head else []), "rows.safetensors"):
+        layers = [*range(num_layers), *([None] if head else [])]
+        for file in (*map(common.moments_file, layers), common.MOMENTS_ROWS):
             self.tensors(file)
 
     def rows(self) -> torch.Tensor:
         """The calibration rows (samples, T), int64."""
-        return self.tensors("rows.safetensors", "rows")[0].long()
+        return self.tensors(common.MOMENTS_ROWS, "rows")[0].long()
 
     def tensors(self, file: str, *names: str) -> list[torch.Tensor]:
         """Tensors of a file of this run, their hashes checked."""
@@ -72,7 +71,7 @@ def read_finite(source: Source, name: str, device: torch.device) -> torch.Tensor
 
 
 def factorize(gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The Cholesky factor of gram + λ mean(diag gram) I; λ grows where that is not positive definite in float32."""
+    """The Cholesky factor of gram + λ mean(diag gram) I; λ grows where float32 sums left that not positive definite."""
     scale = gram.diagonal().mean().clamp(min=1e-30) * torch.eye(len(gram)).to(gram)
     for larger in (1, 10, 100):
         factor, failed = torch.linalg.cholesky_ex(gram + larger * ridge * scale)
@@ -159,9 +158,8 @@ def greedy_neurons(moments: torch.Tensor, weights: torch.Tensor, keep: int) -> t
             block = block - block[:, chosen[-1:]] * ratio
             block[chosen[-1], chosen[-1]] = 1.0
         gone = candidates[chosen]
-        stay = (
-            torch.ones(len(left), dtype=torch.bool, device=left.device).index_fill_(0, gone, False).nonzero().flatten()
-        )
+        stay = torch.ones_like(left, dtype=torch.bool)
+        stay[gone] = False
         update = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])  # (gone, stay)
         weights = weights[:, stay] - weights[:, gone] @ update
         inverse = inverse[stay][:, stay] - inverse[stay][:, gone] @ update
@@ -194,7 +192,7 @@ class Refit:
         moments, mean = (x.to(self.device) for x in self.moments.read(tensor.layer, tensor.place))
         scale = torch.ones_like(mean)
         if tensor.input_norm:  # the layer reads weight x (what the moments are of)
-            scale = (self.source.whole(tensor.input_norm).to(mean) + tensor.offset).to(mean)
+            scale = self.source.whole(tensor.input_norm).to(mean) + tensor.offset
         if tensor.biased:  # the bias takes up the means, so the weights see deviations from them
             moments = moments - mean[:, None] * mean
         if tensor.rotated:
@@ -304,15 +302,21 @@ class CrossMoments:
         new = [part.double() for part in (x.T @ weighted, y.T @ weighted, weight @ x, weight @ y, weight.sum())]
         self.sums = [old + more for old, more in zip(self.sums or [0] * len(new), new, strict=True)]
 
-    def fit(self, wanted: torch.Tensor, weight: torch.Tensor, biased: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weight W' (rows, S) whose W' y + b' is nearest to wanted @ x, with a ridge toward `weight`; and b'."""
-        across, gram, mean_x, mean_y, total = self.sums
-        across, gram, mean_x, mean_y = (part / total for part in (across, gram, mean_x, mean_y))
+    def fitter(self, biased: bool) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """A function of (wanted, weight): the W' (rows, S) whose W' y + b' is nearest to wanted @ x, with a ridge
+        toward `weight`; and b'."""
+        *sums, total = self.sums
+        across, gram, mean_x, mean_y = (part / total for part in sums)
         if biased:
             across, gram = across - mean_x[:, None] * mean_y, gram - mean_y[:, None] * mean_y
-        wanted, weight = wanted.double(), weight.double()
-        new = weight + solve_ridge(gram, wanted @ across - weight @ gram, RIDGE_IN_SEQUENCE)
-        return new, wanted @ mean_x - new @ mean_y
+        factor = factorize(gram, RIDGE_IN_SEQUENCE)
+
+        def fit(wanted, weight):
+            wanted, weight = wanted.double(), weight.double()
+            new = weight + torch.cholesky_solve((wanted @ across - weight @ gram).T, factor).T
+            return new, wanted @ mean_x - new @ mean_y
+
+        return fit
 
 
 class Reached(Exception):
@@ -388,12 +392,14 @@ def refit_in_sequence(
 
 
 def refit_place(teacher, student, index: int, new: int, place: str, plan: dict, basis: torch.Tensor | None) -> None:
-    moments = place_moments(teacher, student, index, new, place)
-    for linear in common.PLACES[place]:
+    linears = common.PLACES[place]
+    biased = teacher.base.layers[index].get_submodule(linears[0]).bias is not None
+    fit = place_moments(teacher, student, index, new, place).fitter(biased)
+    for linear in linears:
         old, now = (side.base.layers[i].get_submodule(linear) for side, i in ((teacher, index), (student, new)))
         name = f"model.layers.{new}.{linear}"
-        tensor, biased = plan[f"{name}.weight"], old.bias is not None
-        weight, shift = moments.fit(student_rows(tensor, old.weight, basis), now.weight, biased)
+        tensor = plan[f"{name}.weight"]
+        weight, shift = fit(student_rows(tensor, old.weight, basis), now.weight)
         now.weight.copy_(weight)
         student.write(f"{name}.weight", now.weight)
         if biased:
@@ -410,7 +416,7 @@ def refit_head(teacher: LayerByLayer, student: LayerByLayer) -> None:
         moments.add(
             teacher.base.norm(x.float()), student.base.norm(y.float()), torch.ones(x.shape[:2], device=x.device)
         )
-    name = f"{common.LM_HEAD}.weight"
+    name, fit = f"{common.LM_HEAD}.weight", moments.fitter(biased=False)
     for index in torch.arange(teacher.source.infos[name].shape[0]).split(4096):
         wanted, weight = (side.source.rows(name, index).float().to(side.device) for side in (teacher, student))
-        student.write(name, moments.fit(wanted, weight, False)[0], index[0].item())
+        student.write(name, fit(wanted, weight)[0], index[0].item())

@@ -6,8 +6,8 @@ Prints the table that is kept in scoring_cost.md. Scoring is importance_analysis
 same rows as the base model alone; what it sets up once counts too. The layer perplexity is
 importance_analysis.measure_perplexity, over as many full passes with LM head and loss as the model has layers, which
 is what removing each layer in turn would take. The two are timed one after the other, several times after a warm-up:
-the figures are the medians of the pairs. In bfloat16 and at true sizes where
-there is a GPU (three minutes), else in float32 on the CPU (five on two cores).
+the figures are the medians of the pairs. In bfloat16 and at true sizes where there is a GPU (three minutes), else in
+float32 on the CPU (five to ten minutes on two cores).
 
 "At least" is the layer perplexity's ratio if multiplications by weights were all that counts: L layers are skipped or
 run (L + 1) / 2 times on average, but the LM head L + 1 times.

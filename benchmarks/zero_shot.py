@@ -238,6 +238,7 @@ def main(num_seeds: int) -> None:
                     table.setdefault(title, [[]])[0].append(result)
             print(f"seed {number}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         _, loss = evaluation(demo.TEACHER)
+        print("`uv run benchmarks/zero_shot.py`\n")
         print(f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}")
         print(f"{num_seeds} seeds; cells: KL to the teacher ± half its range (loss); the teacher's loss is {loss:.3f}")
         print_markdown("scores (batch, sequence)", list(AXES), widths)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -220,6 +221,7 @@ def test_lm_head_is_never_applied(checkpoints, text, tmp_path, monkeypatch):
         raise AssertionError("the LM head was applied")
 
     monkeypatch.setattr(transformers.Olmo3ForCausalLM, "forward", refuse)
+    monkeypatch.setattr(transformers.Olmo3ForCausalLM, "get_output_embeddings", lambda model: refuse)
     score(checkpoints["olmo3"], text, tmp_path / "scores.pt", LAYER_PERPLEXITY=False)
 
 
@@ -569,6 +571,65 @@ def moments(checkpoints, text, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("moments") / "scores.pt"
     assert score(checkpoints["llama"], text, path, **MOMENTS)["meta"]["moments"]
     return path.with_suffix(".moments")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo3", "gemma3_text"])
+def test_second_moments_equal_their_definition_in_float64(family, checkpoints, text, tmp_path, capsys):
+    """Inputs relative to what the next norm divides by: before it where a norm comes first, else 1 / the mean square of
+    the layer's output where a norm follows, else of the stream that the sub-layer read."""
+    path = tmp_path / "scores.pt"
+    score(checkpoints[family], text, path, **MOMENTS)
+    assert re.search(
+        r"second moments: .* GB more on disk.*\n(.*\n)*second moments: less than a minute", capsys.readouterr().out
+    )
+    model, seen = load(checkpoints[family]).double(), {}
+    after, before = family != "llama" and family != "qwen3", family != "olmo3"  # norms
+
+    def watch(name, index, module):
+        def hook(module, args, output):
+            seen[index, name] = args[0].flatten(0, 1), output.flatten(0, 1)
+
+        module.register_forward_hook(hook)
+
+    for index, layer in enumerate(model.model.layers):
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+            watch(name, index, layer.get_submodule(name))
+        watch("layer", index, layer)
+        for norm in {"pre_feedforward_layernorm", "post_attention_layernorm"} & {
+            name for name, _ in layer.named_children()
+        }:
+            watch(norm, index, layer.get_submodule(norm))
+    watch("norm", None, model.model.norm)
+    with torch.no_grad():
+        model(input_ids=load_file(path.with_suffix(".moments") / "rows.safetensors")["rows"].long(), use_cache=False)
+
+    def check(file, name, x, size):
+        x, weight = x / size.sqrt()[:, None], 1 / size
+        found = load_file(path.with_suffix(".moments") / file)
+        expected = x.T @ x / weight.sum()
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        mean = (x / size.sqrt()[:, None]).sum(0) / weight.sum()
+        torch.testing.assert_close(found[f"{name}.mean"].double(), mean, rtol=1e-4, atol=1e-4 * mean.abs().max().item())
+
+    square = lambda x: x.square().mean(1)  # noqa: E731
+    ones = torch.ones(len(seen[None, "norm"][0])).double()
+    for index in range(len(model.model.layers)):
+        file, at = f"layer-{index}.safetensors", lambda name, index=index: seen[index, name]
+        streams = {"self_attn.q_proj": at("layer")[0]}
+        norm = "pre_feedforward_layernorm" if family == "gemma3_text" else "post_attention_layernorm"
+        streams["mlp.gate_proj"] = at(norm)[0] if before else at("mlp.gate_proj")[0]
+        for place, output in (("self_attn.q_proj", "self_attn.o_proj"), ("mlp.gate_proj", "mlp.down_proj")):
+            stream, (x, y) = streams[place], at(output)
+            if before:
+                check(file, place, stream / square(stream).sqrt()[:, None], ones)
+            else:
+                check(file, place, stream, square(stream))
+            check(file, output, x, square(y) if after else square(stream))
+            if after:
+                check(file, f"{output}.output", y, square(y))
+    if not model.config.tie_word_embeddings:
+        stream = seen[None, "norm"][0]
+        check("outside.safetensors", "lm_head", stream / square(stream).sqrt()[:, None], ones)
 
 
 def test_second_moments_are_symmetric_and_positive_semidefinite(moments):

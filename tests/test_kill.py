@@ -23,10 +23,10 @@ SIZES = {"HIDDEN_SIZE": 40, "INTERMEDIATE_SIZE": 160, "NUM_ATTENTION_HEADS": 5}
 
 @pytest.fixture(scope="module")
 def teacher(text, tmp_path_factory):
-    """A checkpoint whose pruning takes about a second, and its scores."""
+    """A checkpoint whose pruning takes about a second, and its scores, with second moments."""
     root = tmp_path_factory.mktemp("kill")
     folder = save_checkpoint(root / "teacher", "olmo3", intermediate_size=400)
-    return folder, analyse(folder, text, root / "scores.pt", SECOND_MOMENT_SAMPLES=8, LAYER_PERPLEXITY=False)
+    return folder, analyse(folder, text, root / "scores.pt", SECOND_MOMENTS=True, LAYER_PERPLEXITY=False)
 
 
 # Forks a child for every line of constants that it reads, prints the child's process id and how it ended. A process of
@@ -108,25 +108,26 @@ def hidden_size_of(folder: Path) -> int:
     return load(folder).config.hidden_size
 
 
-@pytest.mark.parametrize("over", ["nothing", "an older result"])
-def test_a_killed_run_leaves_a_complete_result_or_none(over, teacher, start, end, tmp_path):
-    """25 kills at random moments: then what is there verifies, and the next run succeeds."""
+@pytest.mark.parametrize(("over", "refit"), [("nothing", None), ("nothing", False), ("an older result", None)])
+def test_a_killed_run_leaves_a_complete_result_or_none(over, refit, teacher, start, end, tmp_path):
+    """25 kills at random moments: then what is there verifies, and the next run succeeds. Sliced only, most kills hit
+    the writing; with the default corrections also the choice of neurons and the refit in sequence, in place."""
     before = bytes_below(teacher[0])
     output, moments = tmp_path / "out", random.Random(0)
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
-        start(tmp_path / "measured")
+        start(tmp_path / "measured", REFIT=refit)
         assert end() == 0
         seconds.append(time.perf_counter() - started)
     weights = (tmp_path / "measured" / "model.safetensors").read_bytes()
     if over == "an older result":
-        start(tmp_path / "older", HIDDEN_SIZE=24, NUM_ATTENTION_HEADS=3)
+        start(tmp_path / "older", REFIT=refit, HIDDEN_SIZE=24, NUM_ATTENTION_HEADS=3)
         assert end() == 0
         shutil.copytree(tmp_path / "older", output)
     found = []
     for _ in range(KILLS):
-        child = start(output)
+        child = start(output, REFIT=refit)
         time.sleep(moments.uniform(0, min(seconds)))
         with contextlib.suppress(ProcessLookupError):  # it ended by itself
             os.kill(child, signal.SIGKILL)
@@ -142,7 +143,7 @@ def test_a_killed_run_leaves_a_complete_result_or_none(over, teacher, start, end
                 shutil.copytree(tmp_path / "older", output)
     assert found.count(40) < KILLS / 2, (found, seconds)  # most kills came before the end
     assert bytes_below(teacher[0]) == before
-    start(output)
+    start(output, REFIT=refit)
     assert end() == 0
     assert hidden_size_of(output) == 40
     assert (output / "model.safetensors").read_bytes() == weights

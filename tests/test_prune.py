@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, FULL, SLIDING, analyse, cut, load, logits_of, save_checkpoint, some_ids
+from conftest import CONFIGS, FULL, SLIDING, analyse, configure, cut, load, logits_of, save_checkpoint, some_ids
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -355,6 +355,30 @@ def test_averaging_key_value_heads_that_are_equal_changes_no_logit(family, heads
         assert groups == [[head, head + half] for head in range(half)]
 
 
+@pytest.mark.parametrize(("family", "what"), [("qwen2", "bias"), ("olmo3", "k_norm")])
+@pytest.mark.parametrize("second_moments", [False, True])
+def test_heads_are_grouped_by_their_biases_and_norms_too(family, what, second_moments, text, tmp_path):
+    """All weights are equal; the heads 0 and 2, 1 and 3 have the same biases, or weights of the key norm."""
+
+    def edit(model):
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            for tensor in (attention.k_proj.weight, attention.v_proj.weight):
+                tensor.copy_(tensor.unflatten(0, (4, 8))[:1].expand(4, 8, -1).flatten(0, 1))
+            tensors = (attention.k_proj.bias, attention.v_proj.bias) if what == "bias" else (attention.k_norm.weight,)
+            for tensor in tensors:
+                tensor[16:] = tensor[:16]
+
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    source = save_checkpoint(tmp_path / "model", family, edit=edit, **sizes)
+    path = analyse(source, text, tmp_path / "scores.pt", SECOND_MOMENTS=second_moments)
+    folder = cut(source, path, tmp_path / "out", NUM_KEY_VALUE_HEADS=2, REFIT=None if second_moments else False)
+    assert kept(folder)["key_value_heads"] == [[[0, 2], [1, 3]]] * len(load(source).model.layers)
+    if not second_moments:
+        ids = some_ids(300)
+        assert_same_logits(logits_of(load(folder), ids), logits_of(load(source), ids))
+
+
 def test_averaged_key_value_heads_are_the_mean_of_their_group_and_query_heads_follow(text, tmp_path):
     source = save_checkpoint(tmp_path / "model", "llama", num_key_value_heads=6)
     path = analyse(source, text, tmp_path / "scores.pt")
@@ -470,6 +494,12 @@ def test_the_highest_scores_stay(family, checkpoints, scores, tmp_path):
     assert record["layers"] == sorted(sorted(values["layer"], key=lambda layer: -values["layer"][layer])[:3])
     hidden = values["hidden"].tolist()
     assert record["hidden"] == sorted(sorted(range(48), key=lambda c: -hidden[c])[:36])
+    papers = (values["attn_ln"] + values["ffn_ln"]).tolist()
+    by_norms = cut(
+        checkpoints[family], scores[family], tmp_path / "norms", HIDDEN_METRIC="norm_outputs", HIDDEN_SIZE=36
+    )
+    assert kept(by_norms)["hidden"] == sorted(sorted(range(48), key=lambda c: -papers[c])[:36])
+    assert sorted(range(48), key=lambda c: -papers[c])[:36] != sorted(range(48), key=lambda c: -hidden[c])[:36]
     grouped = family in GROUPED
     for place, layer in enumerate(record["layers"]):
         neurons, heads = values["mlp"][layer].tolist(), values["attention"][layer].tolist()
@@ -776,6 +806,56 @@ def test_a_failure_between_the_two_renames_keeps_a_result(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_half_of_a_deleted_result_is_never_taken_for_one(tmp_path, monkeypatch):
+    """A kill while the old result is deleted, and the new one moved away by the user."""
+
+    def make(content, **more):
+        with common.new_folder(tmp_path / "out", "prune.py") as folder:
+            (folder / "pare.json").write_text('{"script": "prune.py"}')
+            (folder / "data").write_text(content)
+
+    class Killed(BaseException):
+        pass
+
+    def delete_half(folder, **more):
+        if (Path(folder) / "data").exists() and Path(folder).name != ".out.tmp":
+            (Path(folder) / "data").unlink()
+            raise Killed
+
+    make("first")
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", delete_half)
+    with pytest.raises(Killed):
+        make("second")
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    with pytest.raises(PareError, match="OUTPUT_DIR"), common.new_folder(tmp_path / "out", "prune.py") as folder:
+        (folder / "no" / "such").mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+    assert (tmp_path / "moved" / "data").read_text() == "second"
+
+
+def test_the_disk_behind_a_link_is_the_one_that_is_measured(tmp_path):
+    (tmp_path / "big" / "disk").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "big" / "disk" / "out")
+    assert common.existing_parent(tmp_path / "link") == tmp_path / "big" / "disk"
+
+
+def test_the_buffers_of_old_llama_checkpoints_are_left_out(checkpoints, text, tmp_path):
+    """rotary_emb.inv_freq, which transformers computes itself; a tensor without axes is refused by name."""
+    source = tmp_path / "model"
+    shutil.copytree(checkpoints["llama"], source)
+    weights = load_file(source / "model.safetensors")
+    buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(4)}
+    save_file(weights | buffers, source / "model.safetensors", {"format": "pt"})
+    folder = cut(source, analyse(source, text, tmp_path / "scores.pt"), tmp_path / "out", INTERMEDIATE_SIZE=40)
+    assert not [name for name in load_file(folder / "model.safetensors") if "inv_freq" in name]
+    load(folder)
+    save_file(weights | {"step": torch.tensor(1.0)}, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PareError, match="step"):
+        analyse(source, text, tmp_path / "other.pt")
+
+
 def test_an_output_folder_behind_a_link_stays_behind_it(tmp_path):
     (tmp_path / "big").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "big")
@@ -1015,11 +1095,10 @@ def test_target_params_is_met_within_two_percent_at_published_sizes(family):
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    infos = {name: common.TensorInfo("", shape, "BF16", 0) for name, shape in shapes.items()}
     checkpoint = common.Checkpoint("published", Path(), None, raw, config, common.FAMILIES[family])
-    count, teacher = prune.parameter_counter(infos, checkpoint), prune.sizes_of(config)
+    count, teacher = prune.parameter_counter(shapes, checkpoint), prune.sizes_of(config)
     assert count(teacher) == model.num_parameters()
-    for share in (0.5, 0.6, 0.75):
+    for share in (0.5, 0.6, 0.75, 0.95, 1):
         wanted = share * model.num_parameters()
         targets = dict.fromkeys(prune.SIZE_NAMES) | {"LAYERS_TO_DROP": None, "TARGET_PARAMS": f"{wanted / 1e9:.4f}B"}
         targets = prune.derive_targets(teacher, targets, count, checkpoint.head_dim)
@@ -1063,6 +1142,48 @@ def test_sizes_that_are_given_are_kept_and_the_others_meet_the_target():
         assert parameters == pytest.approx(3.6e9, rel=0.02)
         for name, value in given.items():
             assert (value == [1, 2, 3] and sizes.num_hidden_layers == 29) or vars(sizes)[name.lower()] == value
+
+
+@pytest.mark.parametrize(
+    ("given", "parameters"),
+    [
+        ({"HIDDEN_SIZE": 2048}, 3.11e9),
+        ({"INTERMEDIATE_SIZE": 4096}, 3.77e9),
+        ({"HIDDEN_SIZE": 2560, "INTERMEDIATE_SIZE": 4608, "NUM_ATTENTION_HEADS": 20, "NUM_HIDDEN_LAYERS": 32}, 2.49e9),
+    ],
+)
+def test_sizes_set_by_hand_win_where_the_target_is_out_of_their_reach(given, parameters):
+    """The nearest that they allow, found here by trying every round shape."""
+    sizes, found = targets_of_olmo_3_7b(TARGET_PARAMS="3.6B", **given)
+    assert all(vars(sizes)[name.lower()] == value for name, value in given.items())
+    assert found == pytest.approx(parameters, rel=0.01)
+    nearest = math.inf
+    for heads in range(1, 33):
+        for neurons in [*range(256, 11008, 256), 11008]:
+            shape = {"HIDDEN_SIZE": 128 * heads, "INTERMEDIATE_SIZE": neurons, "NUM_ATTENTION_HEADS": heads} | given
+            if heads % 2 == 0 and shape["HIDDEN_SIZE"] == 128 * heads:
+                _, count = targets_of_olmo_3_7b(TARGET_PARAMS="3.6B", **shape)
+                nearest = min(nearest, abs(count / 3.6e9 - 1))
+    assert abs(found / 3.6e9 - 1) <= max(nearest, 0.02) + 1e-9
+
+
+def test_the_whole_teacher_is_a_target_too():
+    assert targets_of_olmo_3_7b(TARGET_PARAMS="7.3B")[0] == prune.Sizes(4096, 11008, 32, 32, 32)
+    with pytest.raises(PareError, match=r"TARGET_PARAMS = '8B'.*to 7.30B"):
+        targets_of_olmo_3_7b(TARGET_PARAMS="8B")
+
+
+def test_the_printed_sizes_can_be_pasted(checkpoints, scores, tmp_path, capsys, monkeypatch):
+    """Behind `uv run prune.py`, whose own TARGET_PARAMS is another number."""
+    first = cut(checkpoints["olmo3"], scores["olmo3"], tmp_path / "first", TARGET_PARAMS="0.12M", REFIT=False)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("HIDDEN_SIZE"))
+    configure(prune, OUTPUT_DIR=str(tmp_path / "second"), **dict.fromkeys(prune.SIZE_NAMES) | {"TARGET_PARAMS": "0.2M"})
+    common.override_constants(prune, line.split())
+    second = prune.main()
+    assert "the nearest to TARGET_PARAMS = '0.2M'" in capsys.readouterr().out
+    assert load(first).num_parameters() < 0.7 * load(checkpoints["olmo3"]).num_parameters()
+    for name, tensor in load(first).state_dict().items():
+        assert torch.equal(tensor, load(second).state_dict()[name])
 
 
 def test_heads_that_cannot_follow_a_hidden_size_set_by_hand_stay():
