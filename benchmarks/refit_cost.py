@@ -1,13 +1,13 @@
-"""What the refit costs at the true widths of Olmo 3 7B: seconds and peak memory, by its parts.
+"""What the refit costs at the true widths of Olmo 3 7B on a CPU: seconds and peak memory, by its stages.
 
     uv run benchmarks/refit_cost.py [FOLDER]
 
-Writes random models of Olmo 3 7B's widths and vocabulary with 1 and with 3 layers, scores them with second moments on
+Writes random models of Olmo 3 7B's widths and vocabulary with 1 and with 2 layers, scores them with second moments on
 16 rows of 512 tokens, prunes them to the default target, and prints the table that is kept in refit_cost.md: what an
-added layer takes (half of the difference), what everything else takes (with one layer, less that), and what 32 layers
-would take. The random weights and few tokens change nothing in the time of a solution; REFIT_SAMPLES = 16 costs in
-proportion to its tokens. Each run is a process of its own. Needs 12 GB of disk and 12 GB of memory, removes what it
-made. About an hour on two cores.
+added layer takes (the difference), what everything else takes, and what 32 layers would take. The random weights
+change nothing in the time of a solution; the tokens of the refit in sequence do, which takes time in proportion to
+them. Each run is a process of its own. Needs 11 GB of disk and 12 GB of memory, removes what it made. About half an
+hour on two cores.
 """
 
 import json
@@ -31,20 +31,13 @@ import demo  # noqa: E402
 import importance_analysis  # noqa: E402
 import prune  # noqa: E402
 
-LAYERS = (1, 3)
+LAYERS = (1, 2)
 SAMPLES, LENGTH = 16, 512
-OFF = {"REFIT": False, "ROTATE": False, "GREEDY_NEURONS": False, "REFIT_SAMPLES": 0}
-STEPS = {
-    "sliced only": OFF,
-    "+ REFIT, single channels": OFF | {"REFIT": True},
-    "+ GREEDY_NEURONS": OFF | {"REFIT": True, "GREEDY_NEURONS": True},
-    "+ ROTATE": OFF | {"REFIT": True, "GREEDY_NEURONS": True, "ROTATE": True},
-    f"+ in sequence, {SAMPLES * LENGTH} tokens": {
-        "REFIT": True,
-        "GREEDY_NEURONS": True,
-        "ROTATE": True,
-        "REFIT_SAMPLES": SAMPLES,
-    },
+STAGES = {  # function of prune.py -> its row
+    "choose_neurons": "GREEDY_NEURONS",
+    "principal_directions": "ROTATE",
+    "write_weights": "REFIT, cutting and writing",
+    "refit_in_sequence": f"REFIT_SAMPLES, on {SAMPLES * LENGTH} tokens",
 }
 
 
@@ -77,54 +70,66 @@ def score(root: Path, num_layers: int) -> None:
     importance_analysis.main()
 
 
-def cut(root: Path, num_layers: int, constants: dict) -> None:
-    sizes = {"TARGET_PARAMS": None, "HIDDEN_SIZE": 3072, "INTERMEDIATE_SIZE": 6144, "NUM_ATTENTION_HEADS": 24}
+def timed(name: str, seconds: dict):
+    function = getattr(prune, name)
+
+    def wrapper(*args):
+        start = time.perf_counter()
+        result = function(*args)
+        seconds[name] = time.perf_counter() - start
+        print(f"{name}: {seconds[name]:.0f} s", file=sys.stderr, flush=True)
+        return result
+
+    return wrapper
+
+
+def cut(root: Path, num_layers: int) -> None:
+    """Prune with the default constants; print the seconds of each stage and of all, and the peak, as JSON."""
+    seconds = {}
+    for name in STAGES:
+        setattr(prune, name, timed(name, seconds))
     paths = {"MODEL": str(root / f"teacher-{num_layers}"), "SCORES_PATH": str(root / f"scores-{num_layers}.pt")}
-    demo.configure(prune, OUTPUT_DIR=str(root / "out"), DEVICE="cpu", **sizes | paths | constants)
-    started = time.perf_counter()
+    sizes = {"TARGET_PARAMS": None, "HIDDEN_SIZE": 3072, "INTERMEDIATE_SIZE": 6144, "NUM_ATTENTION_HEADS": 24}
+    demo.configure(prune, OUTPUT_DIR=str(root / "out"), DEVICE="cpu", **paths | sizes)
+    start = time.perf_counter()
     prune.main()
-    seconds = time.perf_counter() - started
+    seconds["all"] = time.perf_counter() - start
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print(f"RESULT {seconds} {int(peak.split()[1]) * 1024}")
+    print("RESULT " + json.dumps([seconds, int(peak.split()[1]) / 2**20]))
 
 
-def in_process(*arguments) -> str:
+def in_process(what: str, root: Path, num_layers: int) -> str:
     """Run this script's `cut` or `score` in a process of its own; what it printed."""
-    command = [sys.executable, __file__, "--run", *map(str, arguments)]
+    command = [sys.executable, __file__, "--run", what, str(root), str(num_layers)]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def main(parent: str | None) -> None:
     root = Path(tempfile.mkdtemp(dir=parent))
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in STEPS}
+    results = []
     try:
         for num_layers in LAYERS:
             write_teacher(root / f"teacher-{num_layers}", num_layers)
             in_process("score", root, num_layers)
-            for name in STEPS:
-                printed = in_process("cut", root, num_layers, name)
-                seconds, peak = map(float, printed.split("RESULT ")[1].split())
-                results[name].append((seconds, peak))
-                print(f"{num_layers} layers, {name}: {seconds:.0f} s, {peak / 2**30:.1f} GiB", file=sys.stderr)
+            results.append(json.loads(in_process("cut", root, num_layers).split("RESULT ")[1]))
             shutil.rmtree(root / f"teacher-{num_layers}")
             shutil.rmtree(root / f"scores-{num_layers}.moments")
     finally:
         shutil.rmtree(root)
+    (first, _), (last, peak) = results
     print("`uv run benchmarks/refit_cost.py`\n")
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, float64 on the CPU\n")
-    print("| Olmo 3 7B → 3.64B | s a layer | s outside | s for 32 layers | peak memory, GiB |\n|---|---|---|---|---|")
-    for name, ((first, _), (last, peak)) in results.items():
-        layer = (last - first) / (LAYERS[1] - LAYERS[0])
-        outside = first - LAYERS[0] * layer
-        print(f"| {name} | {layer:.0f} | {outside:.0f} | {outside + 32 * layer:.0f} | {peak / 2**30:.1f} |")
+    print("| Olmo 3 7B → 3.64B | s a layer | s outside | s for 32 layers |\n|---|---|---|---|")
+    for name, title in (STAGES | {"all": "prune.py"}).items():
+        layer = (last[name] - first[name]) / (LAYERS[1] - LAYERS[0])
+        outside = first[name] - LAYERS[0] * layer
+        print(f"| {title} | {layer:.0f} | {outside:.0f} | {outside + 32 * layer:.0f} |")
+    print(f"\nPeak memory with {LAYERS[1]} layers: {peak:.1f} GiB.")
 
 
 if __name__ == "__main__":
     if "--run" in sys.argv:
-        what, folder, layers, *step = sys.argv[2:]
-        if what == "score":
-            score(Path(folder), int(layers))
-        else:
-            cut(Path(folder), int(layers), STEPS[step[0]])
+        what, folder, layers = sys.argv[2:]
+        {"score": score, "cut": cut}[what](Path(folder), int(layers))
     else:
         main(sys.argv[1] if len(sys.argv) > 1 else None)

@@ -9,6 +9,7 @@ from conftest import analyse, cut, load, logits_of, needs_gpu, save_checkpoint, 
 from safetensors.torch import load_file
 
 import common
+import prune
 import refit
 
 MOMENTS = {"SECOND_MOMENTS": True, "SECOND_MOMENT_SAMPLES": 12, "NUM_SAMPLES": 12}
@@ -178,7 +179,27 @@ def test_refitted_on_every_axis_it_loads_strictly_and_runs(family, text, tmp_pat
         more = {"REFIT_SAMPLES": samples, "PROTECT_FULL_ATTENTION": False, "LAYER_METRIC": "block_importance"}
         student = load(cut(source, scores, tmp_path / str(samples), **sizes | more))
         assert logits_of(student, ids).isfinite().all()
+        uncached = student.generate(ids[:1], max_new_tokens=20, do_sample=False, use_cache=False, eos_token_id=None)
+        cached = student.generate(ids[:1], max_new_tokens=20, do_sample=False, use_cache=True, eos_token_id=None)
+        assert torch.equal(cached, uncached)
+        tied = student.lm_head.weight is student.model.embed_tokens.weight
+        assert tied == student.config.tie_word_embeddings == (family == "gemma3_text")
     assert not list(tmp_path.glob(".*"))  # no lock, no temporary folder
+
+
+def test_in_sequence_over_several_files_is_as_in_one(text, tmp_path, monkeypatch):
+    source = save_checkpoint(tmp_path / "model", "olmo3")
+    scores = analyse(source, text, tmp_path / "scores.pt", **MOMENTS)
+    sizes = {"HIDDEN_SIZE": 36, "INTERMEDIATE_SIZE": 40, "REFIT_SAMPLES": 12}
+    one = load(cut(source, scores, tmp_path / "one", **sizes)).state_dict()
+    monkeypatch.setattr(prune, "SHARD_BYTES", 60_000)
+    folder = cut(source, scores, tmp_path / "many", **sizes)
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+    for name, tensor in load(folder).state_dict().items():
+        assert torch.equal(tensor, one[name]), name
+    record = json.loads((folder / "pare.json").read_text())["sha256"]
+    for path in folder.glob("model-*.safetensors"):
+        assert record[path.name] == common.hash_file(path)
 
 
 @pytest.mark.gpu
