@@ -368,6 +368,7 @@ FAMILIES = {  # model_type in config.json -> family
         pattern=(SLIDING,) * 5 + (FULL,),
     ),
     "smollm3": Family(LINEARS | PRE_NORMS, per_layer=("layer_types", "no_rope_layers"), pattern=(1, 1, 1, 0)),
+    "seed_oss": Family(LINEARS | PRE_NORMS),
 }
 
 

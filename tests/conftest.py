@@ -86,6 +86,7 @@ CONFIGS = {  # what every test of "each family" runs over
         }
         | more
     ),
+    "seed_oss": lambda **more: transformers.SeedOssConfig(**SHAPE | GROUPED | {"num_hidden_layers": 4} | more),
     "smollm3": lambda **more: transformers.SmolLM3Config(
         **SHAPE | GROUPED | {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "tie_word_embeddings": True} | more
     ),

@@ -21,15 +21,10 @@ from common import PareError
 # Module names written out here on their own, not taken from the family table.
 OLMO = ("post_attention_layernorm", "post_feedforward_layernorm")
 LLAMA = ("input_layernorm", "post_attention_layernorm")
-NORMS = {
+NORMS = {  # of attention and feed-forward; of the other families LLAMA
     "olmo3": OLMO,
     "olmo2": OLMO,
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
     "gemma3_text": ("input_layernorm", "pre_feedforward_layernorm"),
-    "smollm3": LLAMA,
 }
 GEMMA = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 STATISTICS = {  # the norms over hidden channels, or over the channels of all heads
@@ -75,8 +70,8 @@ def reference_scores(folder, family: str, rows: torch.Tensor, dtype=torch.float6
     for i, layer in enumerate(model.model.layers):
         layer.mlp.down_proj.register_forward_pre_hook(keep_input(("mlp", i)))
         layer.self_attn.o_proj.register_forward_pre_hook(keep_input(("attention", i)))
-        getattr(layer, NORMS[family][0]).register_forward_hook(keep_output(("attn_ln", i)))
-        getattr(layer, NORMS[family][1]).register_forward_hook(keep_output(("ffn_ln", i)))
+        getattr(layer, NORMS.get(family, LLAMA)[0]).register_forward_hook(keep_output(("attn_ln", i)))
+        getattr(layer, NORMS.get(family, LLAMA)[1]).register_forward_hook(keep_output(("ffn_ln", i)))
         layer.self_attn.q_proj.register_forward_pre_hook(keep_input(("hidden attention", i)))
         layer.mlp.gate_proj.register_forward_pre_hook(keep_input(("hidden mlp", i)))
         for name in STATISTICS.get(family, LLAMA):
