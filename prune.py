@@ -21,8 +21,9 @@ import shutil
 import statistics
 import sys
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1000,7 +1001,11 @@ def write_student(
     common.write_json(folder / "config.json", raw)
     files = write_weights(folder, planned, source, refit)
     if moments and REFIT_SAMPLES:
-        refit_in_sequence(checkpoint.folder, folder, planned, basis, moments.rows()[:REFIT_SAMPLES], device)
+        rows = moments.rows()[:REFIT_SAMPLES]
+        channels = checkpoint.config.hidden_size + len(keep.hidden)
+        size = rows.numel() * channels * common.DTYPE_BYTES[source.infos[f"{common.EMBEDDING}.weight"].dtype]
+        print(f"refitting in sequence: {size / 1e9:.1f} GB of residual streams on {device}", flush=True)
+        refit_in_sequence(checkpoint.folder, folder, planned, basis, rows, device)
         files = {}  # changed in place
     written = common.find_checkpoint(str(folder), None, "OUTPUT_DIR")
     infos = common.tensor_infos(written, "OUTPUT_DIR")
@@ -1056,7 +1061,7 @@ def main() -> Path:
         if path.resolve().is_relative_to(output.resolve()):
             raise PareError(f"OUTPUT_DIR = {OUTPUT_DIR!r} is, or holds, {constant} itself; choose another.")
     common.check_outside(output, checkpoint.folder, "OUTPUT_DIR")
-    with common.lock(output, "OUTPUT_DIR"), closing(open_teacher(checkpoint)) as source:
+    with common.lock(output, "OUTPUT_DIR"), enough_memory(), closing(open_teacher(checkpoint)) as source:
         config, teacher = checkpoint.config, sizes_of(checkpoint.config)
         common.check_hashes(checkpoint, "MODEL")
         count = parameter_counter({name: info.shape for name, info in source.infos.items()}, checkpoint)
@@ -1103,6 +1108,17 @@ def main() -> Path:
     common.print_table([[runtime, *more] for runtime, *more in runtimes], right=False)
     print(f"\nWrote {output}/. Next: uv run distill.py TEACHER={MODEL} STUDENT={output}{revision}")
     return output
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise PareError(
+            f"DEVICE = {DEVICE!r}: its memory is too small for the refit. Lower REFIT_SAMPLES = {REFIT_SAMPLES}, or set "
+            "DEVICE = 'cpu'."
+        ) from None
 
 
 def check_portable(runtimes: list[tuple]) -> None:

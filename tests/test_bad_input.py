@@ -1018,6 +1018,15 @@ def test_a_teacher_that_cannot_be_read_is_not_blamed_on_the_output(refused, monk
     assert "OUTPUT_DIR" not in message
 
 
+def test_a_gpu_too_small_for_the_refit(refused, monkeypatch, with_moments):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(prune, "refit_in_sequence", fail)
+    message = refused(prune, SCORES_PATH=str(with_moments), HIDDEN_SIZE=40)
+    contains(message, "DEVICE = 'cpu'", "memory is too small", "REFIT_SAMPLES = 256")
+
+
 def test_hidden_scores_of_another_name(refused):
     contains(refused(prune, HIDDEN_METRIC="magic"), "HIDDEN_METRIC = 'magic'", "'block_inputs'", "'norm_outputs'")
 
