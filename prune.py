@@ -1116,8 +1116,8 @@ def enough_memory() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise PareError(
-            f"DEVICE = {DEVICE!r}: its memory is too small for the refit. Lower REFIT_SAMPLES = {REFIT_SAMPLES}, or set "
-            "DEVICE = 'cpu'."
+            f"DEVICE = {DEVICE!r}: its memory is too small for the refit. Lower REFIT_SAMPLES = {REFIT_SAMPLES}, or "
+            "set DEVICE = 'cpu'."
         ) from None
 
 
