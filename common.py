@@ -978,11 +978,6 @@ def new_folder(path: Path, script: str, constant: str = "OUTPUT_DIR") -> Iterato
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def moments_file(layer: int | None) -> str:
-    """The file of a layer's second moments; None for the LM head's input."""
-    return "outside.safetensors" if layer is None else f"layer-{layer}.safetensors"
-
-
 def temporary_folder(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
@@ -1116,6 +1111,11 @@ def write_json(path: Path, value) -> None:
 
 
 SCORE_TENSORS = ("mlp", "attention", "attn_ln", "ffn_ln", "hidden", "angular_distance")
+
+
+def moments_file(layer: int | None) -> str:
+    """The file of a layer's second moments; None for the LM head's input."""
+    return "outside.safetensors" if layer is None else f"layer-{layer}.safetensors"
 
 
 def hash_scores(value) -> str:

@@ -968,14 +968,14 @@ def test_two_runs_do_not_write_one_place(refused, tmp_path):
         contains(refused(importance_analysis), "SCORES_PATH = ", "another run")
 
 
-@pytest.mark.parametrize("debris", [".out.tmp", ".out.old", ".out.lock"])
+@pytest.mark.parametrize("debris", [".out.tmp", ".out.old", ".out.discarded", ".out.lock"])
 @pytest.mark.parametrize("over", ["nothing", "an older result"])
 def test_what_a_killed_run_left_is_not_in_the_way(debris, over, checkpoints, scores, tmp_path):
     if over == "an older result":
         cut_into(tmp_path / "out", checkpoints, scores, HIDDEN_SIZE=40)
     if debris == ".out.lock":
         (tmp_path / debris).write_text("")
-    elif debris == ".out.tmp":
+    elif debris != ".out.old":
         (tmp_path / debris).mkdir()
         (tmp_path / debris / "model.safetensors").write_bytes(b"half of a")
     else:  # killed between the two renames, or just before the last removal
