@@ -108,7 +108,7 @@ def hidden_size_of(folder: Path) -> int:
     return load(folder).config.hidden_size
 
 
-@pytest.mark.parametrize(("over", "refit"), [("nothing", None), ("nothing", False), ("an older result", None)])
+@pytest.mark.parametrize(("over", "refit"), [("nothing", None), ("an older result", False)])
 def test_a_killed_run_leaves_a_complete_result_or_none(over, refit, teacher, start, end, tmp_path):
     """25 kills at random moments: then what is there verifies, and the next run succeeds. Sliced only, most kills hit
     the writing; with the default corrections also the choice of neurons and the refit in sequence, in place."""
