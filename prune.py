@@ -490,9 +490,9 @@ class Planned:
     mixed: torch.Tensor | None = None  # (H,) weights of the norm behind, or ones: the rows are rotated
     constant: bool = False  # a norm over rotated channels
 
-
-def bytes_of(tensor: Planned | common.TensorInfo) -> int:
-    return math.prod(tensor.shape) * common.DTYPE_BYTES[tensor.dtype]
+    @property
+    def size(self) -> int:  # bytes
+        return math.prod(self.shape) * common.DTYPE_BYTES[self.dtype]
 
 
 def axes_of(family: common.Family, tensor: str) -> tuple[tuple, int | None]:
@@ -760,7 +760,7 @@ def write_shard(path: Path, shard: list[Planned], source: Source, refit: Refit |
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for tensor in shard:
-        offsets = [offset, offset + bytes_of(tensor)]
+        offsets = [offset, offset + tensor.size]
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
         offset = offsets[1]
     encoded = json.dumps(header).encode()
@@ -806,11 +806,11 @@ def split_shards(planned: list[Planned]) -> dict[str, list[Planned]]:
     """Tensors by output file, in order, at most SHARD_BYTES each."""
     shards, size = [[]], 0
     for tensor in planned:
-        if shards[-1] and size + bytes_of(tensor) > SHARD_BYTES:
+        if shards[-1] and size + tensor.size > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
-        size += bytes_of(tensor)
+        size += tensor.size
     if len(shards) == 1:
         return {WEIGHTS: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
@@ -818,7 +818,7 @@ def split_shards(planned: list[Planned]) -> dict[str, list[Planned]]:
 
 def write_weights(folder: Path, planned: list[Planned], source: Source, refit: Refit | None = None) -> dict[str, str]:
     """Write the student's tensors; returns file name -> sha256."""
-    total = sum(map(bytes_of, planned))
+    total = sum(tensor.size for tensor in planned)
     progress = common.Progress(total, "bytes", "cutting")
     by_file = split_shards(planned)
     hashes = {file: write_shard(folder / file, shard, source, refit, progress) for file, shard in by_file.items()}
@@ -1023,7 +1023,7 @@ def print_sizes(before: dict, after: list[Planned], sizes: tuple[Sizes, Sizes]) 
     for name, old in vars(sizes[0]).items():
         new = vars(sizes[1])[name]
         rows.append([name, old, new, f"{new / old:.0%}"])
-    old, new = sum(map(bytes_of, before.values())), sum(map(bytes_of, after))
+    old, new = (sum(tensor.size for tensor in tensors) for tensors in (before.values(), after))
     rows.append(["GB on disk", f"{old / 1e9:.3f}", f"{new / 1e9:.3f}", f"{new / old:.0%}"])
     common.print_table(rows)
 
@@ -1074,7 +1074,7 @@ def main() -> Path:
         if TARGET_PARAMS is not None and abs(new / parse_params(TARGET_PARAMS) - 1) > 0.02:
             print(f"(the nearest to TARGET_PARAMS = {TARGET_PARAMS!r} with the sizes that are set)")
         check_scores(scores, checkpoint, scores_path)
-        check_room(output, new / old * sum(map(bytes_of, source.infos.values())))
+        check_room(output, new / old * sum(info.size for info in source.infos.values()))
         moments = open_moments(scores, scores_path)
         if moments:
             moments.check(teacher.num_hidden_layers, not config.tie_word_embeddings)
