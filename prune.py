@@ -60,8 +60,8 @@ REFIT_SAMPLES: int = 256  # calibration rows of a second REFIT, on the student's
 DEVICE: str = "auto"  # auto | cuda | cpu: where REFIT solves, in float64
 
 SHARD_BYTES = 5_000_000_000  # largest output file
-PIECE_BYTES = 1_000_000  # read, cut and written at once; larger ones leave the processor's cache
-SYNC_BYTES = 250_000_000  # written between two syncs
+PIECE_BYTES = 2_000_000  # read, cut and written at once; larger ones leave the processor's cache
+SYNC_BYTES = 16_000_000  # written between two syncs: the disk is never idle
 SIZE_NAMES = ("HIDDEN_SIZE", "INTERMEDIATE_SIZE", "NUM_ATTENTION_HEADS", "NUM_KEY_VALUE_HEADS", "NUM_HIDDEN_LAYERS")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BASIS = "pare/directions.safetensors"  # in a folder of its own: vLLM loads every safetensors file beside the weights
@@ -771,8 +771,7 @@ def write_shard(path: Path, shard: list[Planned], source: Source, refit: Refit |
         def write(data) -> None:
             nonlocal since
             digest.update(data)
-            file.write(data)
-            since += len(data)
+            since += file.write(data)
             if since > SYNC_BYTES:  # in the background, so that the disk works while we do
                 file.flush()
                 waiting_syncs.append(pool.submit(common.sync_and_forget, file.fileno()))
