@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -137,66 +137,53 @@ class Hooks:
     """Hooks that reduce the activations of the decoder layers to what the scores need, and add it to `sums`.
 
     Sums over samples, of all layers in a row: `mlp`, `attention` and the norms' outputs (mean over T of |x|)² (arXiv
-    2407.14679 §2.2), `layer` 1 - cosine, `energy.…` mean squares of a block's input, `norm.…` mean squares of a norm's
-    input relative to the whole, `angle…` distances. Hooks only reduce; the rest is done once a batch, for all layers.
+    2407.14679 §2.2), `layer` 1 - cosine; of every STRIDE-th token `energy.…` mean squares of a block's input, `norm.…`
+    mean squares of a norm's input relative to the whole, `angle…` distances. Hooks read an activation once and call as
+    little as they can; the rest is done once a batch, for all layers.
     """
 
     def __init__(self, model, family: common.Family, sums: Sums):
         self.sums = sums
-        # of the batch under way: (name, power, tokens) -> a sum (B, channels) for each layer
-        self.powers: dict[tuple[str, int, int], list[torch.Tensor]] = defaultdict(list)
+        # of the batch under way:
+        self.magnitudes: dict[tuple[str, int], list[torch.Tensor]] = defaultdict(list)  # (name, T) -> (B, channels) x L
         self.cosines: list[tuple[torch.Tensor, ...]] = []  # of each layer: input · output, |input| and |output|, (B, T)
-        self.stream: list[torch.Tensor] = []  # layer inputs and the last output at every STRIDE-th token
+        self.strided: dict[str, list[torch.Tensor]] = defaultdict(list)  # name -> every STRIDE-th token, (B, T', H) x L
         self.last = None, None  # the layer output just seen, which is the next layer's input, and its L2 norms
         self.handles, self.buffers = [], {}
         for layer in model.layers:
             modules = dict(layer.named_modules())
-            self.before(modules[common.NEURONS_AT], self.add_power, "mlp", 1)
-            self.before(modules[common.HEADS], self.add_power, "attention", 1)
-            self.after(modules[family.attention_norm], self.add_power, "attn_ln", 1)
-            self.after(modules[family.feedforward_norm], self.add_power, "ffn_ln", 1)
+            self.before(modules[common.NEURONS_AT], self.add_magnitudes, "mlp")
+            self.before(modules[common.HEADS], self.add_magnitudes, "attention")
+            self.after(modules[family.attention_norm], self.add_magnitudes, "attn_ln")
+            self.after(modules[family.feedforward_norm], self.add_magnitudes, "ffn_ln")
             for place in (common.ATTENTION_INPUT, common.FEEDFORWARD_INPUT):
-                self.before(modules[place], self.add_power, f"energy.{place}", 2)
+                self.before(modules[place], self.add_strided, f"energy.{place}")
             for name, axis in family.norms.items():
                 if axis is not WHOLE:
-                    self.before(modules[name], self.add_norm, f"norm.{name}")
+                    self.before(modules[name], self.add_strided, f"norm.{name}")
             self.handles.append(layer.register_forward_hook(self.add_layer))
-        self.before(model.norm, self.add_norm, f"norm.{common.FINAL_NORM}")
+        self.before(model.norm, self.add_strided, f"norm.{common.FINAL_NORM}")
 
-    def pieces(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Slices of the tokens of x (B, T, channels), each with float32 memory of its shape that is used again.
-
-        On a CPU moving memory costs more than the arithmetic: a piece and what is computed from it stay in the cache.
-        """
-        length = x.shape[1] if x.device.type != "cpu" else max(1, CACHED_VALUES // (x.shape[0] * x.shape[2]))
-        for start in range(0, x.shape[1], length):
-            piece = slice(start, min(start + length, x.shape[1]))
-            key = (x.shape[0], piece.stop - start, x.shape[2], x.device)
-            if key not in self.buffers:
-                self.buffers[key] = torch.empty(key[:3], device=x.device)
-            yield piece, self.buffers[key]
-
-    def sum_of_powers(self, x: torch.Tensor, power: int) -> torch.Tensor:
-        """Sum over the tokens of |x| or x², float32: (B, T, channels) -> (B, channels)."""
+    def sum_of_magnitudes(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the tokens of |x|, float32: (B, T, channels) -> (B, channels)."""
         if x.device.type != "cpu":
-            norm = torch.linalg.vector_norm(x, power, dim=1, dtype=torch.float32)
-            return norm if power == 1 else norm.square()
+            return torch.linalg.vector_norm(x, 1, dim=1, dtype=torch.float32)
+        # On a CPU moving memory costs more than the arithmetic: a piece and its magnitudes stay in the cache.
         total = x.new_zeros(x.shape[0], 1, x.shape[2], dtype=torch.float32)
-        for piece, values in self.pieces(x):
-            part = x[:, piece].float()
-            torch.abs(part, out=values) if power == 1 else torch.mul(part, part, out=values)
-            total.baddbmm_(values.new_ones(len(x), 1, values.shape[1]), values)
+        for piece in x.split(max(1, CACHED_VALUES // (x.shape[0] * x.shape[2])), dim=1):
+            if piece.shape not in self.buffers:
+                self.buffers[piece.shape] = torch.empty(piece.shape), torch.ones(x.shape[0], 1, piece.shape[1])
+            values, ones = self.buffers[piece.shape]
+            total.baddbmm_(ones, torch.abs(piece.float(), out=values))
         return total.squeeze(1)
 
     def products(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Sum over the channels of x y, float32: (B, T, channels) twice -> (B, T)."""
-        total = torch.empty(x.shape[:2], device=x.device)
         if x.is_cuda:  # products of all pairs among 64 tokens, of which the diagonal is wanted: no copy in float32
-            x, y = (z.reshape(-1, math.gcd(total.numel(), 64), z.shape[2]) for z in (x, y))
-            return torch.bmm(x, y.mT, out_dtype=torch.float32).diagonal(dim1=1, dim2=2).reshape(total.shape)
-        for piece, values in self.pieces(x):
-            total[:, piece] = torch.mul(x[:, piece].float(), y[:, piece], out=values).sum(-1)
-        return total
+            shape = x.shape[:2]
+            x, y = (z.reshape(-1, math.gcd(shape.numel(), 64), z.shape[2]) for z in (x, y))
+            return torch.bmm(x, y.mT, out_dtype=torch.float32).diagonal(dim1=1, dim2=2).reshape(shape)
+        return (x.float() * y).sum(2)
 
     def before(self, module, add: Callable, *args) -> None:
         self.handles.append(module.register_forward_pre_hook(lambda module, inputs: add(inputs[0], *args)))
@@ -204,18 +191,13 @@ class Hooks:
     def after(self, module, add: Callable, *args) -> None:
         self.handles.append(module.register_forward_hook(lambda module, inputs, output: add(output, *args)))
 
-    def add_power(self, x: torch.Tensor, name: str, power: int) -> None:
-        """Sum over T of |x| or x² of an activation (B, T, channels)."""
-        self.powers[name, power, x.shape[1]].append(self.sum_of_powers(x, power))
+    def add_magnitudes(self, x: torch.Tensor, name: str) -> None:
+        """Sum over T of |x| of an activation (B, T, channels)."""
+        self.magnitudes[name, x.shape[1]].append(self.sum_of_magnitudes(x))
 
-    def add_norm(self, x: torch.Tensor, name: str) -> None:
-        """Sum over every STRIDE-th token of x² / (mean over channels of x²): each channel's share in the denominator.
-
-        Relative to its own token: the few tokens of enormous activations that language models have count as one each.
-        """
-        x = strided(x)
-        rms = norms_of(x) / math.sqrt(x.shape[2])
-        self.add_power(x / rms.clamp(min=1e-15)[..., None], name, 2)  # a sub-layer may give only zeros
+    def add_strided(self, x: torch.Tensor, name: str) -> None:
+        """Keep every STRIDE-th token of (B, T, channels), counted back from the last; a view would keep all."""
+        self.strided[name].append(x[:, (x.shape[1] - 1) % STRIDE :: STRIDE].clone())
 
     def add_layer(self, layer, inputs, output) -> None:
         """What block importance needs: 1 - cosine of input and output, mean over tokens (arXiv 2403.03853 eq. 1)."""
@@ -223,34 +205,34 @@ class Hooks:
         known = self.last[1] if self.last[0] is x else norms_of(x)
         self.last = (y, norms_of(y))
         self.cosines.append((self.products(x, y.to(x.device)), known, self.last[1]))
-        if not self.stream:
-            self.stream.append(strided(x).clone())  # a view would keep all of x
-        self.stream.append(strided(y).clone())
+        if not self.strided["stream"]:
+            self.add_strided(x, "stream")
+        self.add_strided(y, "stream")
 
     def end_batch(self, half: torch.Tensor) -> None:
-        """Add up what the hooks saw of a batch, and the angular distances of layer boundaries (2403.17887 eq. 7)."""
-        device = self.stream[0].device
+        """Add up what the hooks saw of a batch."""
+        device = self.strided["stream"][0].device
         values = {"rows": torch.ones(len(half), 1, device=device)}
-        for (name, power, tokens), sums in self.powers.items():
+        for (name, tokens), sums in self.magnitudes.items():
             means = torch.cat([total.to(device) for total in sums], dim=1) / tokens  # (B, L · channels)
-            values[name] = means.square() if power == 1 else means
+            values[name] = means.square()
         layers = zip(*self.cosines, strict=True)
         products, before, after = (torch.stack([x.to(device) for x in part], 1) for part in layers)  # (B, L, T)
         values["layer"] = 1 - (products / (before * after).clamp(min=1e-30)).mean(dim=2)  # (B, L)
-        stream = torch.stack([state.to(device) for state in self.stream], dim=2)  # (B, T', L + 1, H)
-        if stream.is_cuda:
-            flat = stream.flatten(0, 1)
-            products = torch.bmm(flat, flat.mT, out_dtype=torch.float32).unflatten(0, stream.shape[:2])
-        else:
-            stream = stream.to(torch.float32 if device.type == "mps" else torch.float64)
-            products = stream @ stream.mT  # (B, T', L + 1, L + 1)
-        sizes = products.diagonal(dim1=-2, dim2=-1).sqrt().clamp(min=1e-15)
-        distances = torch.arccos((products / (sizes[..., None] * sizes[..., None, :])).clamp(-1, 1)) / math.pi
-        distances.diagonal(dim1=-2, dim2=-1).zero_()  # rounding leaves it at arccos(1 - 1e-7)
+        stream = torch.stack([x.to(device) for x in self.strided.pop("stream")], dim=2)  # (B, T', L + 1, H)
+        distances = angular_distances(stream)
         values["angle_last"], values["angle_mean"] = distances[:, -1].flatten(1), distances.mean(1).flatten(1)
+        for name, layers in self.strided.items():
+            squares = torch.stack([x.to(device) for x in layers], dim=1).float().square()  # (B, L, T', channels)
+            if name.startswith("norm."):
+                # Relative to its own token: the few tokens of enormous activations count as one each. A sub-layer may
+                # give only zeros.
+                squares /= squares.mean(dim=3, keepdim=True).clamp(min=1e-30)
+            values[name] = squares.mean(dim=2).flatten(1)  # (B, L · channels)
         self.sums.add(values, half)
-        self.powers.clear()
-        self.cosines, self.stream, self.last = [], [], (None, None)
+        self.magnitudes.clear()
+        self.strided.clear()
+        self.cosines, self.last = [], (None, None)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -261,9 +243,21 @@ def norms_of(x: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
 
 
-def strided(x: torch.Tensor) -> torch.Tensor:
-    """Every STRIDE-th token of (B, T, channels), counted back from the last."""
-    return x[:, (x.shape[1] - 1) % STRIDE :: STRIDE]
+def angular_distances(stream: torch.Tensor) -> torch.Tensor:
+    """arccos(cosine) / π of every pair of layer boundaries at each token, float (arXiv 2403.17887 eq. 7).
+
+    (B, T', L + 1, H) -> (B, T', L + 1, L + 1).
+    """
+    if stream.is_cuda:
+        flat = stream.flatten(0, 1)
+        products = torch.bmm(flat, flat.mT, out_dtype=torch.float32).unflatten(0, stream.shape[:2])
+    else:
+        stream = stream.to(torch.float32 if stream.device.type == "mps" else torch.float64)
+        products = stream @ stream.mT
+    sizes = products.diagonal(dim1=-2, dim2=-1).sqrt().clamp(min=1e-15)
+    distances = torch.arccos((products / (sizes[..., None] * sizes[..., None, :])).clamp(-1, 1)) / math.pi
+    distances.diagonal(dim1=-2, dim2=-1).zero_()  # rounding leaves it at arccos(1 - 1e-7)
+    return distances
 
 
 @torch.inference_mode()
