@@ -52,7 +52,7 @@ DEVICE: str = "auto"  # auto | cuda | mps | cpu; auto spreads a model that is to
 DTYPE: str = "auto"  # auto | bfloat16 | float32; auto is bfloat16 on a GPU
 
 ENOUGH_CORRELATION = 0.95  # between two halves of the samples; below it, more samples would still change the choice
-STRIDE = 16  # angles and norm statistics are read at every 16th token of a row, counted back from its last
+STRIDE = 16  # all but width scores and block importance is read at every 16th token of a row, back from its last
 CACHED_VALUES = 2**18  # float32 values that fit into the cache of one or two CPU cores
 LOSS_TOKENS = 1024  # tokens whose logits exist at once
 
@@ -146,9 +146,9 @@ class Hooks:
     def __init__(self, model, family: common.Family, sums: Sums):
         self.sums = sums
         # of the batch under way:
-        self.magnitudes: dict[tuple[str, int], list[torch.Tensor]] = defaultdict(list)  # (name, T) -> (B, channels) x L
+        self.magnitudes: dict[str, list[torch.Tensor]] = defaultdict(list)  # name -> sums over T, (B, channels) x L
         self.cosines: list[tuple[torch.Tensor, ...]] = []  # of each layer: input · output, |input| and |output|, (B, T)
-        self.strided: dict[str, list[torch.Tensor]] = defaultdict(list)  # name -> every STRIDE-th token, (B, T', H) x L
+        self.strided: dict[str, list[torch.Tensor]] = defaultdict(list)  # name -> some tokens, (B, 1 + T', H) x L
         self.last = None, None  # the layer output just seen, which is the next layer's input, and its L2 norms
         self.handles, self.buffers = [], {}
         for layer in model.layers:
@@ -194,11 +194,15 @@ class Hooks:
 
     def add_magnitudes(self, x: torch.Tensor, name: str) -> None:
         """Sum over T of |x| of an activation (B, T, channels)."""
-        self.magnitudes[name, x.shape[1]].append(self.sum_of_magnitudes(x))
+        self.magnitudes[name].append(self.sum_of_magnitudes(x))
 
     def add_strided(self, x: torch.Tensor, name: str) -> None:
-        """Keep every STRIDE-th token of (B, T, channels), counted back from the last; a view would keep all."""
-        self.strided[name].append(x[:, (x.shape[1] - 1) % STRIDE :: STRIDE].clone())
+        """Keep the first and every STRIDE-th token of (B, T, channels), counted back from the last."""
+        length, device = x.shape[1], x.device
+        if (length, device) not in self.buffers:
+            tokens = [0, *range((length - 1) % STRIDE, length, STRIDE)]
+            self.buffers[length, device] = torch.tensor(tokens, device=device)
+        self.strided[name].append(x.index_select(1, self.buffers[length, device]))
 
     def add_layer(self, layer, inputs, output) -> None:
         """What block importance needs: 1 - cosine of input and output, mean over tokens (arXiv 2403.03853 eq. 1)."""
@@ -212,24 +216,27 @@ class Hooks:
 
     def end_batch(self, half: torch.Tensor) -> None:
         """Add up what the hooks saw of a batch."""
-        device = self.strided["stream"][0].device
+        device, length = self.strided["stream"][0].device, self.cosines[0][0].shape[1]
         values = {"rows": torch.ones(len(half), 1, device=device)}
-        for (name, tokens), sums in self.magnitudes.items():
-            means = torch.cat([total.to(device) for total in sums], dim=1) / tokens  # (B, L · channels)
+        for name, sums in self.magnitudes.items():
+            means = torch.cat([total.to(device) for total in sums], dim=1) / length  # (B, L · channels)
             values[name] = means.square()
         layers = zip(*self.cosines, strict=True)
         products, before, after = (torch.stack([x.to(device) for x in part], 1) for part in layers)  # (B, L, T)
         values["layer"] = 1 - (products / (before * after).clamp(min=1e-30)).mean(dim=2)  # (B, L)
-        stream = torch.stack([x.to(device) for x in self.strided.pop("stream")], dim=2)  # (B, T', L + 1, H)
+        stream = torch.stack([x[:, 1:].to(device) for x in self.strided.pop("stream")], dim=2)  # (B, T', L + 1, H)
         distances = angular_distances(stream)
         values["angle_last"], values["angle_mean"] = distances[:, -1].flatten(1), distances.mean(1).flatten(1)
         for name, layers in self.strided.items():
-            squares = torch.stack([x.to(device) for x in layers], dim=1).float().square()  # (B, L, T', channels)
+            squares = torch.stack([x.to(device) for x in layers], dim=1).float().square()  # (B, L, 1 + T', channels)
+            first, squares = squares[:, :, 0], squares[:, :, 1:]
             if name.startswith("norm."):
                 # Relative to its own token: the few tokens of enormous activations count as one each. A sub-layer may
                 # give only zeros.
-                squares /= squares.mean(dim=3, keepdim=True).clamp(min=1e-30)
-            values[name] = squares.mean(dim=2).flatten(1)  # (B, L · channels)
+                means = (squares / squares.mean(dim=3, keepdim=True).clamp(min=1e-30)).mean(dim=2)
+            else:  # the first token, on which attention rests what it does not need, is enormous in a few channels
+                means = squares.mean(dim=2).lerp(first, 1 / length)
+            values[name] = means.flatten(1)  # (B, L · channels)
         self.sums.add(values, half)
         self.magnitudes.clear()
         self.strided.clear()

@@ -89,7 +89,9 @@ def reference_scores(folder, family: str, rows: torch.Tensor, dtype=torch.float6
             if key[0] in ("mlp", "attention", "attn_ln", "ffn_ln"):
                 squares[key] = squares.get(key, 0) + x[0].abs().mean(dim=0) ** 2
             if key[0].startswith("hidden"):
-                squares[key] = squares.get(key, 0) + (x[0] ** 2).mean(dim=0)
+                square, tokens = x[0] ** 2, x.shape[1]  # the first token as itself, the others from every 16th
+                mean_square = (square[0] + (tokens - 1) * square.flip(0)[::16].mean(dim=0)) / tokens
+                squares[key] = squares.get(key, 0) + mean_square
             if key[0].startswith("norm"):  # every 16th token, counted back from the last
                 square = x[0].flip(0)[::16] ** 2
                 share = (square / square.mean(dim=-1, keepdim=True)).mean(dim=0)
