@@ -422,15 +422,21 @@ begun = time.monotonic()
 assert os.waitpid(start("whole.pt", folder / "whole.log"), 0)[1] == 0
 seconds = time.monotonic() - begun
 partial = folder / ".killed.partial-0-of-1.safetensors"
+
+def stamp():
+    try:
+        return partial.stat().st_ctime_ns
+    except FileNotFoundError:  # a child removes it when it ends
+        return 0
+
 chance, kills, continued, ends = random.Random(0), 0, 0, 0
 while kills < {kills} or not ends:
-    known, ended = partial.exists(), (0, 0)
-    written = partial.stat().st_ctime_ns if known else 0
+    known, ended = stamp(), (0, 0)
     (folder / "killed.log").write_text("")  # a child may be killed before it opens its log
     child = start("killed.pt", folder / "killed.log")
     delay = chance.uniform(0, seconds) if kills % 2 else chance.uniform(0, seconds / 4)
     while kills < {kills} and not kills % 2 and not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        if partial.exists() and partial.stat().st_ctime_ns != written:
+        if stamp() not in (0, known):
             break  # every second kill comes while sums grow, however slow the machine is to get there
         time.sleep(0.002)
     else:
