@@ -695,6 +695,21 @@ def test_pieces_of_any_size_give_the_same_file(checkpoints, scores, tmp_path, mo
     assert files[0] == files[1] == files[2]
 
 
+def test_it_syncs_while_it_writes(checkpoints, scores, tmp_path, monkeypatch):
+    synced, sync = [], common.sync_and_forget
+
+    def watch(descriptor):
+        synced.append(os.fstat(descriptor).st_size)
+        sync(descriptor)
+
+    monkeypatch.setattr(common, "sync_and_forget", watch)
+    monkeypatch.setattr(prune, "PIECE_BYTES", 2_000)
+    monkeypatch.setattr(prune, "SYNC_BYTES", 20_000)
+    folder = cut(checkpoints["olmo3"], scores["olmo3"], tmp_path / "out", HIDDEN_SIZE=36)
+    size = (folder / "model.safetensors").stat().st_size
+    assert size / 40_000 < len(synced) <= size / 20_000
+
+
 def test_sharded_in_and_out_equals_one_file(checkpoints, scores, tmp_path, monkeypatch):
     source = tmp_path / "model"
     shutil.copytree(checkpoints["olmo3"], source, ignore=shutil.ignore_patterns("*.safetensors"))
