@@ -52,7 +52,7 @@ DEVICE: str = "auto"  # auto | cuda | mps | cpu; auto spreads a model that is to
 DTYPE: str = "auto"  # auto | bfloat16 | float32; auto is bfloat16 on a GPU
 
 ENOUGH_CORRELATION = 0.95  # between two halves of the samples; below it, more samples would still change the choice
-STRIDE = 16  # all but width scores and block importance is read at every 16th token of a row, back from its last
+STRIDE = 16  # mean squares, norm statistics and angles are read at every 16th token, counted back from a row's last
 CACHED_VALUES = 2**18  # float32 values that fit into the cache of one or two CPU cores
 LOSS_TOKENS = 1024  # tokens whose logits exist at once
 
