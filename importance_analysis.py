@@ -701,9 +701,10 @@ def plot(scores: dict, layer_types: list[str], path: Path) -> None:
         ordered = ", most important first" if key == "mlp" else ""
         axis.set(title=f"{units} importance / mean of its layer", xlabel=f"{units}{ordered}", ylabel="layer")
         figure.colorbar(image, ax=axis)
-    for key in ("attn_ln", "ffn_ln"):
-        axes[1, 0].plot(scores[key].sort(descending=True).values.numpy(), label=key)
-    axes[1, 0].set(title="hidden importance, sorted", xlabel="hidden channel (by rank)", ylabel="score", yscale="log")
+    for key in ("hidden", "attn_ln", "ffn_ln"):
+        relative = scores[key] / scores[key].mean().clamp(min=1e-30)
+        axes[1, 0].plot(relative.sort(descending=True).values.numpy(), label=key)
+    axes[1, 0].set(title="hidden importance / mean, sorted", xlabel="hidden channel (by rank)", yscale="log")
     axes[1, 0].legend()
     for kind, colour in (("full_attention", "tab:orange"), ("sliding_attention", "tab:blue")):
         members = [index for index in range(num_layers) if layer_types[index] == kind]
