@@ -7,6 +7,7 @@ import ast
 import copy
 import difflib
 import fcntl
+import glob
 import hashlib
 import importlib.util
 import inspect
@@ -69,7 +70,7 @@ def has_kind(value, kind) -> bool:
     if kind == list[int]:
         return isinstance(value, list) and all(has_kind(item, int) for item in value)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return type(value) is kind
 
 
@@ -95,7 +96,7 @@ def override_constants(script: types.ModuleType, arguments: list[str]) -> None:
             raise PareError(f"{what}. {advice}")
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError):
             value = text
         kinds = kinds_of(script, name)
         if str in kinds and not any(has_kind(value, kind) for kind in kinds):
@@ -119,7 +120,7 @@ def run(script: types.ModuleType) -> None:
     try:
         override_constants(script, arguments)
         script.main()
-    except PareError as error:
+    except (PareError, PermissionError) as error:  # wherever that happens, it names the file
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -127,16 +128,21 @@ def run(script: types.ModuleType) -> None:
         sys.exit(130)
 
 
-def output_path(constant: str, value: str) -> Path:
-    path = Path(value).expanduser()
+def user_path(constant: str, value: str) -> Path:
     try:
+        path = Path(value).expanduser()
         path.lstat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass
-    except (OSError, ValueError) as error:  # too long, or with a zero byte
-        raise PareError(f"{constant} = {value!r} is no path: {first_line(error)}.") from None
-    if not path.name:
-        raise PareError(f"{constant} = {value!r} is no name of its own. Choose one.")
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with a zero byte, or of a user who is not there
+        raise PareError(f"{constant} = {value!r} is no path: {first_line(error)}") from None
+    return path
+
+
+def output_path(constant: str, value: str) -> Path:
+    path = user_path(constant, value)
+    if not path.name or len(path.name.encode()) > 200:  # we add to it, and 255 bytes are the most
+        raise PareError(f"{constant} = {value!r} is no name of its own, or too long. Choose another.")
     return path
 
 
@@ -322,6 +328,7 @@ class Family:
     legacy_rope: dict[str, str] = field(default_factory=dict)  # older key -> layer type whose rope_theta it held
     norm_offset: float = 0.0  # a norm multiplies by its weight plus this
     scaled_embedding: bool = False  # embeddings are multiplied by the square root of hidden_size
+    divisible: bool = False  # transformers refuses a hidden_size that is no multiple of the heads
     # What other runtimes assume (vLLM's own code and llama.cpp, as of 2026-09):
     square: bool = False  # hidden_size = heads x head_dim
     untied: bool = False  # an LM head of its own
@@ -351,7 +358,7 @@ OLMO = {
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
 FAMILIES = {  # model_type in config.json -> family
-    "llama": Family(LINEARS | PRE_NORMS),
+    "llama": Family(LINEARS | PRE_NORMS, divisible=True),
     "mistral": Family(LINEARS | PRE_NORMS),
     "qwen2": Family(LINEARS | PRE_NORMS, square=True),
     "qwen3": Family(LINEARS | PRE_NORMS | QK_NORMS_PER_HEAD),
@@ -365,6 +372,7 @@ FAMILIES = {  # model_type in config.json -> family
         legacy_rope={"rope_local_base_freq": SLIDING},
         norm_offset=1.0,
         scaled_embedding=True,
+        divisible=True,
         pattern=(SLIDING,) * 5 + (FULL,),
     ),
     "smollm3": Family(LINEARS | PRE_NORMS, per_layer=("layer_types", "no_rope_layers"), pattern=(1, 1, 1, 0)),
@@ -411,6 +419,7 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # those that Pare slice
 SAFETENSORS_DTYPES = {*DTYPE_BYTES, "BOOL", "C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2"}
 SAFETENSORS_DTYPES |= {"F8_E5M2FNUZ", "F8_E8M0", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"}
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+REFUSALS = (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError, StrictDataclassError)
 LOCAL_OR_DEMO = "A local folder works too, and `uv run demo.py` needs no network."
 
 
@@ -423,9 +432,7 @@ def find_checkpoint(
     for a model that is not there, cannot be reached or is not supported.
     """
     check_transformers()
-    folder = Path(name).expanduser()
-    if "\0" in name:
-        raise PareError(f"{constant} = {name!r} is no name. Give a folder with a checkpoint, or a Hub id.")
+    folder = user_path(constant, name)
     if folder.is_dir():
         revision = None
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
@@ -444,7 +451,7 @@ def find_checkpoint(
         raise PareError(
             f"{constant} = {name!r}: config.json is damaged, or cannot be read ({error}). Download it again."
         ) from None
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise PareError(
             f"{constant} = {name!r} is of the family {model_type!r}, which Pare does not know (nor any "
             f"mixture of experts, nor fused projections).\nSupported: {', '.join(FAMILIES)}. A new family is a row of "
@@ -468,7 +475,7 @@ def parse_config(config_class, raw: dict, what: str) -> transformers.PreTrainedC
     """config.json as transformers reads it. Raises PareError where it refuses."""
     try:
         return config_class.from_dict(copy.deepcopy(raw))  # it edits what it is given
-    except (ValueError, TypeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
+    except REFUSALS as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise PareError(f"transformers refuses {what}: {reason}") from None
 
@@ -537,8 +544,9 @@ def tensor_infos(checkpoint: Checkpoint, constant: str) -> dict[str, TensorInfo]
     folder = checkpoint.folder
     what = f"{constant} = {checkpoint.name!r}"
     index = folder / "model.safetensors.index.json"
+    sharded = index.is_file() and not (folder / "model.safetensors").is_file()  # transformers looks in this order
     try:
-        weight_map = dict(json.loads(index.read_text())["weight_map"]) if index.is_file() else {}
+        weight_map = dict(json.loads(index.read_text())["weight_map"]) if sharded else {}
         if not all(isinstance(file, str) for file in weight_map.values()):
             raise TypeError
     except (ValueError, KeyError, TypeError):
@@ -700,7 +708,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
             output_loading_info=True,
             attn_implementation="sdpa",
         )
-    except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+    except (*REFUSALS, OSError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise PareError(f"{what} does not fit on DEVICE = {str(device)!r} in {dtype}.") from None
         shapes = "ignore_mismatched_sizes" in str(error)
@@ -724,12 +732,15 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
 def check_hashes(checkpoint: Checkpoint, constant: str) -> None:
     """Compare the weights of a model that prune.py wrote with the hashes in its pare.json."""
     try:
-        hashes = json.loads((checkpoint.folder / "pare.json").read_text())["sha256"]
+        hashes = dict(json.loads((checkpoint.folder / "pare.json").read_text())["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return
     for file in {info.file for info in tensor_infos(checkpoint, constant).values()} & set(hashes):
         if hash_file(checkpoint.folder / file) != hashes[file]:
-            raise PareError(f"{constant} = {checkpoint.name!r}: {file} is damaged. Run prune.py again.")
+            raise PareError(
+                f"{constant} = {checkpoint.name!r}: {file} is damaged, or was changed since prune.py wrote it.\n"
+                "Run prune.py again, or, for a change of your own, move the model out, without pare.json."
+            )
 
 
 def first_names(names: list[str]) -> str:
@@ -832,7 +843,7 @@ def open_splits(dataset: str, config: str | None, constant: str) -> dict:
     from datasets.exceptions import DatasetsError
 
     what = f"{constant} = {dataset!r}"
-    path = Path(dataset).expanduser()
+    path = user_path(constant, dataset)
     saved = ("dataset_dict.json", "dataset_info.json", "state.json")
     try:
         if path.is_dir() and any((path / name).is_file() for name in saved):
@@ -849,7 +860,7 @@ def open_splits(dataset: str, config: str | None, constant: str) -> dict:
             if not any(file.stat().st_size for file in files):
                 raise PareError(f"{what} is empty.")
             options = {"sample_by": "document"} if formats == {"text"} else {}
-            names = [str(file) for file in files]
+            names = [glob.escape(str(file)) for file in files]
             return dict(datasets.load_dataset(formats.pop(), data_files={"train": names}, streaming=True, **options))
         if dataset.startswith((".", "/", "~")) or path.suffix in TEXT_FORMATS or dataset.count("/") > 1 or not dataset:
             raise PareError(f"{what} does not exist. Give a file, a folder or a Hub id.")
@@ -913,17 +924,20 @@ def check_own_folder(path: Path, constant: str, script: str) -> None:
         return
     try:
         record = json.loads((path / "pare.json").read_text())
-        owner = record["script"]
-    except (OSError, ValueError, KeyError, TypeError):
+        owner, files, hashes = record["script"], record.get("files"), dict(record.get("sha256", {}))
+        foreign = sorted(set(files_in(path)) - set(files)) if files is not None else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise PareError(
             f"{constant} = {str(path)!r} exists and was not made by Pare. Choose a folder of its own."
         ) from None
     if owner != script:
         raise PareError(f"{constant} = {str(path)!r} was made by {owner}, not by {script}. Choose a folder of its own.")
-    foreign = sorted(set(files_in(path)) - set(record["files"])) if "files" in record else []
+    written = (path / "pare.json").stat().st_mtime_ns  # the last of its files
+    changed = [file for file in hashes if (path / file).is_file() and (path / file).stat().st_mtime_ns > written]
+    foreign += [file for file in changed if hash_file(path / file) != hashes[file]]
     if foreign:
         raise PareError(
-            f"{constant} = {str(path)!r} holds files that Pare did not write, as {foreign[0]}. Move them away."
+            f"{constant} = {str(path)!r} holds files that Pare did not write so, as {foreign[0]}. Move them away."
         )
 
 
@@ -944,7 +958,9 @@ def write_record(folder: Path, record: dict) -> None:
 
 
 def files_in(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """What is in a folder and below: all but folders that hold something themselves."""
+    inside = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir() or not any(path.iterdir())]
+    return sorted(path.relative_to(folder).as_posix() for path in inside)
 
 
 @contextmanager
@@ -1085,7 +1101,7 @@ def replace_file(path: Path, write) -> None:
         free = shutil.disk_usage(existing_parent(path)).free
         raise PareError(
             f"{path} could not be written ({first_line(error)}); {free / 1e9:.1f} GB are free there. What was there is "
-            "untouched."
+            "untouched. Make room, or choose another disk by SCORES_PATH or OUTPUT_DIR."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -1109,6 +1125,10 @@ def write_json(path: Path, value) -> None:
 
 
 SCORE_TENSORS = ("mlp", "attention", "attn_ln", "ffn_ln", "hidden", "angular_distance")
+
+
+def moments_folder(scores_path: Path) -> Path:
+    return scores_path.with_suffix(".moments").resolve()  # a link to a larger disk stays a link
 
 
 def moments_file(layer: int | None) -> str:
@@ -1135,12 +1155,14 @@ def save_scores(scores: dict, path: Path) -> None:
 def load_scores(path: Path) -> dict:
     """Read a score file without running anything in it. Raises PareError for a file that is not one."""
     if not path.is_file():
-        raise PareError(f"SCORES_PATH = {str(path)!r} does not exist. Run `uv run importance_analysis.py` first.")
+        raise PareError(f"SCORES_PATH = {str(path)!r} does not exist as a file. Run importance_analysis.py first.")
     try:
         scores = torch.load(path, map_location="cpu", weights_only=True)
         tensors = all(isinstance(scores[key], torch.Tensor) for key in SCORE_TENSORS)
         meta = {"model", "config_hash", "weights_hash", "dataset"} <= set(scores["meta"])
         whole = tensors and meta and scores["layer"] and scores["sha256"] == hash_scores(scores)
+    except PermissionError:
+        raise
     except Exception:  # whatever the bytes of a foreign file provoke; nothing in it is run
         whole = False
     if not whole:

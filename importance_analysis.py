@@ -12,11 +12,13 @@ Shapes: B batch, T tokens, H hidden, F intermediate, Q query heads, D head dim, 
 """
 
 import ctypes
+import glob
 import hashlib
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -444,8 +446,8 @@ class MomentHooks:
     few tokens of enormous activations that language models have would otherwise be all that is fitted.
     """
 
-    def __init__(self, model, family: common.Family, index: int | None, matrices: dict[str, int]):
-        self.matrices, self.sums, self.handles = matrices, {}, []
+    def __init__(self, model, family: common.Family, index: int | None, matrices: dict[str, int], sums: dict):
+        self.index, self.matrices, self.sums, self.handles = index, matrices, sums, []
         if index is None:
             self.hook(model.norm, self.stream(common.LM_HEAD, relative=True), before=True)
             return
@@ -484,17 +486,23 @@ class MomentHooks:
     def add(self, name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
         """Add tokens x (B, T, channels) with weights (B, T)."""
         x, weight = x.flatten(0, 1), weight.flatten()
-        if name not in self.sums:
-            self.sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            self.sums[f"{name}.mean"] = torch.zeros(x.shape[1], device=x.device)
-            self.sums[f"{name}.weight"] = torch.zeros(1, device=x.device)
+        matrix, mean, total = (
+            self.total(f"{name}{kind}", shape, x.device)
+            for kind, shape in (("", (x.shape[1], x.shape[1])), (".mean", (x.shape[1],)), (".weight", (1,)))
+        )
         root = x * weight.sqrt().to(x.dtype)[:, None]
         if x.is_cuda and x.dtype != torch.float32:
-            self.sums[name] += torch.mm(root.T, root, out_dtype=torch.float32)
+            matrix += torch.mm(root.T, root, out_dtype=torch.float32)
         else:
-            self.sums[name].addmm_(root.float().T, root.float())
-        self.sums[f"{name}.mean"] += weight @ x.float()
-        self.sums[f"{name}.weight"] += weight.sum()
+            matrix.addmm_(root.float().T, root.float())
+        mean += weight @ x.float()
+        total += weight.sum()
+
+    def total(self, name: str, shape: tuple, device: torch.device) -> torch.Tensor:
+        """The running sum of a name, float32, zeros at first, on the device; in `sums` under its layer and name."""
+        key = f"{self.index} {name}"
+        self.sums[key] = self.sums[key].to(device) if key in self.sums else torch.zeros(shape, device=device)
+        return self.sums[key]
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -502,10 +510,12 @@ class MomentHooks:
 
     def means(self) -> dict[str, torch.Tensor]:
         """E[x xᵀ] and E[x] under the weights, over all processes, float32 on CPU."""
-        sums = {name: common.sum_over_processes(total) for name, total in sorted(self.sums.items())}
-        self.sums = {}
-        names = [(name, key) for name in self.matrices for key in (name, f"{name}.mean")]
-        return {key: (sums[key] / sums[f"{name}.weight"]).cpu() for name, key in names}
+        means = {}
+        for name in self.matrices:
+            keys = [f"{self.index} {name}{kind}" for kind in ("", ".mean", ".weight")]
+            matrix, mean, total = (common.sum_over_processes(self.sums.pop(key)) for key in keys)
+            means |= {name: (matrix / total).cpu(), f"{name}.mean": (mean / total).cpu()}
+        return means
 
 
 def weight_of(x: torch.Tensor) -> torch.Tensor:
@@ -532,39 +542,59 @@ def moments_seconds(model, files: dict, rows: torch.Tensor, batch_size: int, pas
     return seconds * len(rows) / len(batch) * (passes + products / weights)
 
 
-def write_moments(model, family: common.Family, files: dict, rows: torch.Tensor, batch_size, folder, identity) -> None:
+def is_finished(path: Path, identity: str) -> bool:
+    """Whether a file of save_moments is there, of this run and whole."""
+    record = common.pare_metadata(path)
+    if record.get("fingerprint") != identity:
+        return False
+    return all(common.hash_scores(tensor) == record["sha256"].get(name) for name, tensor in load_file(path).items())
+
+
+def write_moments(
+    model,
+    family: common.Family,
+    files: dict,
+    rows: torch.Tensor,
+    batch_size: int,
+    folder: Path,
+    identity: str,
+    open_sums: Callable[[list], Sums],
+) -> None:
     """Write one safetensors file per entry of `files`: E[x xᵀ] and E[x] at every place (see MomentHooks), float32.
 
     As many files per pass over `rows` as fit into memory beside the model; files of the same `identity` that are
-    complete already are not made again.
+    complete already are not made again. `open_sums(layers)` gives the unfinished sums of a pass over these.
     """
-    paths = {layer: folder / common.moments_file(layer) for layer in files}
-    done = {layer for layer, path in paths.items() if common.pare_metadata(path).get("fingerprint") == identity}
-    missing = {layer: matrices for layer, matrices in files.items() if layer not in done}
+    paths, rank = {layer: folder / common.moments_file(layer) for layer in files}, common.rank_and_world()[0]
+    missing = [layer for layer in files if rank == 0 and not is_finished(paths[layer], identity)]
+    missing = {layer: files[layer] for layer in common.from_rank_0(missing)}
     turns = common.from_rank_0(plan_passes(missing, free_memory(model.device)) if missing else [])
     if turns:
         minutes = moments_seconds(model, missing, rows, batch_size, len(turns)) / 60
         print(f"second moments: about {minutes:.0f} minutes" if minutes >= 1 else "second moments: less than a minute")
     for number, turn in enumerate(turns, 1):
-        hooks = {layer: MomentHooks(model.base_model, family, layer, matrices) for layer, matrices in turn.items()}
-        progress = common.Progress(len(rows), "samples", f"second moments, pass {number} of {len(turns)}")
+        sums = open_sums(list(turn))
+        hooks = {layer: MomentHooks(model.base_model, family, layer, turn[layer], sums.sums) for layer in turn}
+
+        def step(batch, half):
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+
         try:
             with torch.inference_mode():
-                for batch in rows.split(batch_size):
-                    model.base_model(input_ids=batch.to(model.device), use_cache=False)
-                    progress.update(len(batch))
+                run_stage(f"second moments, pass {number} of {len(turns)}", sums, rows, rows, batch_size, step)
         finally:
-            progress.close()
             for hook in hooks.values():
                 hook.remove()
         for layer, hook in hooks.items():
             means = hook.means()
-            if common.rank_and_world()[0] == 0:
+            if rank == 0:
                 save_moments(paths[layer], means, identity)
+        sums.path.unlink(missing_ok=True)
 
 
-def check_moments_room(files: dict, folder: Path, temporary: Path) -> None:
-    """Print what the second moments take, and refuse where the disk is too small or the folder holds other things."""
+def check_moments_room(files: dict, folder: Path, temporary: Path) -> bool:
+    """Print what the second moments take, and refuse where the disk is too small or the folder holds other things.
+    Returns whether there is room for unfinished ones beside them."""
     ours = re.compile(r"layer-\d+\.safetensors|outside\.safetensors|rows\.safetensors")
     if folder.exists() and not (folder.is_dir() and all(ours.fullmatch(path.name) for path in folder.iterdir())):
         raise PareError(f"SCORES_PATH = {SCORES_PATH!r}: {folder} is in the way of the second moments; rename it.")
@@ -576,6 +606,7 @@ def check_moments_room(files: dict, folder: Path, temporary: Path) -> None:
             f"SECOND_MOMENTS = True needs {needed / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are "
             "free. Set SCORES_PATH on a larger disk, or SECOND_MOMENTS = False."
         )
+    return free > 2 * needed
 
 
 def clear_leftovers(folder: Path, names: set[str]) -> None:
@@ -749,14 +780,19 @@ def score(checkpoint, rows: torch.Tensor, meta: dict, scores_path: Path, device,
     """Run every stage over `rows`; return the scores of all samples and of each half, the same in all processes."""
     rank, world = common.rank_and_world()
     family, config = checkpoint.family, checkpoint.config
-    moments, files = scores_path.with_suffix(".moments"), moment_files(config, checkpoint)
+    moments, files = common.moments_folder(scores_path), moment_files(config, checkpoint)
     temporary = common.temporary_folder(moments)
-    if SECOND_MOMENTS:
-        check_moments_room(files, moments, temporary)
+    room = SECOND_MOMENTS and check_moments_room(files, moments, temporary)
     model = common.load_model(checkpoint, dtype, device, "MODEL")
     run = meta | {"moments": None, "rank": rank, "world": world, "batch_size": BATCH_SIZE, "device": device.type}
     partial = scores_path.with_name(f".{scores_path.stem}.partial-{rank}-of-{world}.safetensors")
     sums = Sums(partial, fingerprint(run | {"depth": LAYER_PERPLEXITY and LAYER_PERPLEXITY_SAMPLES}), 60 * SAVE_MINUTES)
+
+    def open_moments(layers: list) -> Sums:
+        path = partial.with_name(f"{partial.stem}-moments.safetensors")
+        identity = fingerprint(run | {"moments": meta["moments"], "layers": layers})
+        return Sums(path, identity, 60 * SAVE_MINUTES if room else math.inf)
+
     mine, half = rows[rank::world], (torch.arange(len(rows)) % 2)[rank::world]
 
     if LAYER_PERPLEXITY:
@@ -769,7 +805,7 @@ def score(checkpoint, rows: torch.Tensor, meta: dict, scores_path: Path, device,
         some = rows[:SECOND_MOMENT_SAMPLES][rank::world]
         if rank == 0:
             clear_leftovers(temporary, {*map(common.moments_file, files), common.MOMENTS_ROWS})
-        write_moments(model, family, files, some, BATCH_SIZE, temporary, meta["moments"])
+        write_moments(model, family, files, some, BATCH_SIZE, temporary, meta["moments"], open_moments)
         if rank == 0:
             save_moments(temporary / common.MOMENTS_ROWS, {"rows": rows[:SECOND_MOMENT_SAMPLES].int()}, meta["moments"])
     sums.reduce()
@@ -793,7 +829,7 @@ def main() -> Path:
             if constants[name] < world:
                 raise PareError(f"{name} = {constants[name]}: each of the {world} processes needs at least one.")
         scores_path = common.output_path("SCORES_PATH", SCORES_PATH)
-        common.check_outside(scores_path, Path(MODEL).expanduser(), "SCORES_PATH")
+        common.check_outside(scores_path, common.user_path("MODEL", MODEL), "SCORES_PATH")
         with common.lock(scores_path, "SCORES_PATH", rank):
             return analyse(script, scores_path, rank)
 
@@ -830,7 +866,8 @@ def analyse(script, scores_path: Path, rank: int) -> Path:
         advice = f"Set BATCH_SIZE = {BATCH_SIZE // 2}." if BATCH_SIZE > 1 else "Lower SEQUENCE_LENGTH."
         raise PareError(f"BATCH_SIZE = {BATCH_SIZE} does not fit on {device}. {advice}") from None
     if not all_finite(scores):
-        raise PareError(f"MODEL = {MODEL!r} gives activations that are not finite in {dtype}; try DTYPE = 'float32'.")
+        advice = "try DTYPE = 'float32'" if dtype != torch.float32 else "its weights are damaged"
+        raise PareError(f"MODEL = {MODEL!r} gives activations that are not finite in {dtype}; {advice}.")
     scores["meta"] = common.run_record(
         script,
         model=MODEL,
@@ -856,20 +893,20 @@ def all_finite(value) -> bool:
 def write(scores: dict, halves: list[dict], layer_types: list[str], scores_path: Path) -> None:
     """Put everything in place and report. The old moments stay until the score file is new: if a kill comes between
     the two, the same command puts the finished new ones in their place."""
-    moments = scores_path.with_suffix(".moments")
+    moments = common.moments_folder(scores_path)
     common.save_scores(scores, scores_path)
     temporary = common.temporary_folder(moments)
     if scores["meta"]["moments"]:
         common.replace_folder(temporary, moments)
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
     common.discard_old(moments)
-    for partial in scores_path.parent.glob(f".{scores_path.stem}.partial-*.safetensors"):
+    for partial in scores_path.parent.glob(f".{glob.escape(scores_path.stem)}.partial-*.safetensors"):
         partial.unlink()
     plot(scores, layer_types, scores_path.with_suffix(".png"))
     report(scores, halves, layer_types, scores["meta"]["num_samples"])
     print(f"\nWrote {scores_path} and {scores_path.with_suffix('.png')}.", end=" ")
-    revision = f" REVISION={REVISION}" if REVISION else ""
-    print(f"Next: uv run prune.py MODEL={MODEL} SCORES_PATH={scores_path}{revision}")
+    revision = [f"REVISION={REVISION}"] if REVISION else []
+    print("Next: uv run prune.py", shlex.join([f"MODEL={MODEL}", f"SCORES_PATH={scores_path}", *revision]))
 
 
 if __name__ == "__main__":

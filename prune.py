@@ -155,13 +155,23 @@ def target_layers(num_layers: int, target: int | None, layers_to_drop: list[int]
     return left
 
 
-def check_targets(checkpoint: common.Checkpoint, targets: dict) -> None:
-    """Refuse impossible sizes by config.json alone, before a large download."""
-    teacher = sizes_of(checkpoint.config)
+def student_sizes(checkpoint: common.Checkpoint, targets: dict) -> Sizes:
+    """The student's sizes. Raises PareError for impossible ones, by config.json alone, before a large download."""
+    teacher, divisible = sizes_of(checkpoint.config), checkpoint.family.divisible
     if targets["TARGET_PARAMS"] is not None:
         count = parameter_counter(shapes_of(checkpoint.config), checkpoint)
-        targets = derive_targets(teacher, targets, count, checkpoint.head_dim)
-    target_sizes(teacher, targets, targets["LAYERS_TO_DROP"])
+        targets = derive_targets(teacher, targets, count, checkpoint.head_dim, divisible)
+    sizes = target_sizes(teacher, targets, targets["LAYERS_TO_DROP"])
+    heads, hidden = sizes.num_attention_heads, sizes.hidden_size
+    if divisible and hidden % heads:
+        legal = [
+            size for size in (hidden // heads * heads, hidden - hidden % -heads) if 0 < size <= teacher.hidden_size
+        ]
+        raise PareError(
+            f"HIDDEN_SIZE = {hidden} must be a multiple of NUM_ATTENTION_HEADS = {heads} in this family: "
+            f"{' or '.join(map(str, legal))}."
+        )
+    return sizes
 
 
 def parse_params(text: str) -> float:
@@ -209,13 +219,14 @@ def round_sizes(largest: int) -> list[int]:
     return [*range(step, largest, step), largest]
 
 
-def derive_targets(teacher: Sizes, targets: dict, count, head_dim: int) -> dict:
+def derive_targets(teacher: Sizes, targets: dict, count, head_dim: int, divisible: bool = False) -> dict:
     """Fill the widths that are None so that the model has TARGET_PARAMS parameters, or comes nearest to it with the
     sizes that are set; the depth stays.
 
     Of the round shapes within 1 % of the nearest, the one whose MLP shrinks most nearly with the square of its hidden
     size, as in the Minitron models (arXiv 2408.11796 Table 3). Where the teacher has hidden_size = heads x head_dim, so
-    has the student: vLLM's and llama.cpp's code for Olmo want it.
+    has the student: vLLM's and llama.cpp's code for Olmo want it. `divisible`: a hidden_size chosen here is a multiple
+    of the heads.
     """
     check_sizes(teacher, targets)
     wanted = parse_params(targets["TARGET_PARAMS"])
@@ -227,6 +238,8 @@ def derive_targets(teacher: Sizes, targets: dict, count, head_dim: int) -> dict:
         fitting = [hidden // head_dim] if square and hidden % head_dim == 0 else []
         any_number = [] if square and not by_hand["HIDDEN_SIZE"] else [teacher.num_attention_heads]
         for heads in by_hand["NUM_ATTENTION_HEADS"] or fitting + any_number:
+            if divisible and not by_hand["HIDDEN_SIZE"] and hidden % heads:
+                continue
             key_value = targets["NUM_KEY_VALUE_HEADS"]
             if key_value is None and heads % teacher.num_key_value_heads and heads % group == 0:
                 key_value = heads // group
@@ -640,8 +653,11 @@ def rotation(name: str, source: Source, checkpoint: common.Checkpoint) -> dict:
 
 def shapes_of(config) -> dict[str, tuple]:
     """Names and shapes of the tensors that transformers would build from a config, without a tied LM head."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except common.REFUSALS as error:
+        raise PareError(f"MODEL: transformers builds none from config.json ({common.first_line(error)}).") from None
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes[f"{common.LM_HEAD}.weight"]
@@ -742,6 +758,8 @@ def cut_piece(tensor: Planned, rows: torch.Tensor, source: Source, refit: Refit 
         y = (y.double() + tensor.offset) * tensor.factor - tensor.offset
     y = y.to(dtype).contiguous()
     if not y.sum(dtype=torch.float64 if dtype == torch.float64 else torch.float32).isfinite():
+        if source.whole(tensor.source).isfinite().all():
+            raise PareError(f"MODEL: {tensor.source} outgrows {tensor.dtype} once corrected; set REFIT = False.")
         raise PareError(f"MODEL: {tensor.source} holds values that are not finite. Download the model again.")
     return y
 
@@ -959,9 +977,22 @@ def nearby_choice(scores: dict, checkpoint: common.Checkpoint, student: Sizes, d
     return f"; LAYERS_TO_DROP = {portable} keeps that" if portable is not None else ""
 
 
+def decide(checkpoint: common.Checkpoint, student: Sizes, scores: dict) -> tuple[Keep, dict, list[tuple]]:
+    """What is kept, the student's config.json, and who can load it. Raises PareError for what is not allowed."""
+    drop = drop_layers(scores, common.layer_types_of(checkpoint.config), student.num_hidden_layers)
+    stay = [layer for layer in range(checkpoint.config.num_hidden_layers) if layer not in drop]
+    keep = choose(scores, sizes_of(checkpoint.config), student, stay, HIDDEN_METRIC)
+    raw = student_config(checkpoint, student, keep, scores["norms"] if NORM_RESCALE else None)
+    common.parse_config(type(checkpoint.config), raw, sizes_text(student))
+    runtimes = portability(raw, checkpoint.family, OUTPUT_DIR, nearby_choice(scores, checkpoint, student, drop))
+    if REQUIRE_PORTABLE:
+        check_portable(runtimes)
+    return keep, raw, runtimes
+
+
 def open_moments(scores: dict, scores_path: Path) -> Moments | None:
     """The second moments for REFIT, or None. Raises PareError where they are asked for and missing."""
-    identity, folder = scores["meta"].get("moments"), scores_path.with_suffix(".moments")
+    identity, folder = scores["meta"].get("moments"), common.moments_folder(scores_path)
     if REFIT and not identity:
         raise PareError(
             f"REFIT = True: SCORES_PATH = {str(scores_path)!r} has no second moments. Run importance_analysis.py with "
@@ -1051,9 +1082,10 @@ def main() -> Path:
     device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
 
     def check_config(found: common.Checkpoint) -> None:
-        check_targets(found, targets)
+        student = student_sizes(found, targets)
         if found.revision:  # of a Hub id, whose weights may not be here yet
             check_scores(scores, found, scores_path, weights=False)
+            decide(found, student, scores)
 
     checkpoint = common.find_checkpoint(MODEL, REVISION, "MODEL", check_config)
     for constant, path in (("MODEL", checkpoint.folder), ("SCORES_PATH", scores_path)):
@@ -1064,9 +1096,7 @@ def main() -> Path:
         config, teacher = checkpoint.config, sizes_of(checkpoint.config)
         common.check_hashes(checkpoint, "MODEL")
         count = parameter_counter({name: info.shape for name, info in source.infos.items()}, checkpoint)
-        if TARGET_PARAMS is not None:
-            targets = derive_targets(teacher, targets, count, checkpoint.head_dim)
-        student = target_sizes(teacher, targets, LAYERS_TO_DROP)
+        student = student_sizes(checkpoint, targets)
         old, new = count(teacher), count(student)
         print(f"pruning {MODEL} from {parameters_text(old)} to {parameters_text(new)} parameters into {output}/:")
         print(sizes_text(student), flush=True)
@@ -1078,15 +1108,8 @@ def main() -> Path:
         if moments:
             moments.check(teacher.num_hidden_layers, not config.tie_word_embeddings)
 
-        drop = drop_layers(scores, common.layer_types_of(config), student.num_hidden_layers)
-        stay = [layer for layer in range(teacher.num_hidden_layers) if layer not in drop]
-        keep = choose(scores, teacher, student, stay, HIDDEN_METRIC)
+        keep, raw, runtimes = decide(checkpoint, student, scores)
         norms = scores["norms"] if NORM_RESCALE else None
-        raw = student_config(checkpoint, student, keep, norms)
-        common.parse_config(type(config), raw, sizes_text(student))
-        runtimes = portability(raw, checkpoint.family, OUTPUT_DIR, nearby_choice(scores, checkpoint, student, drop))
-        if REQUIRE_PORTABLE:
-            check_portable(runtimes)
         average_heads(keep, checkpoint.family, teacher, student, source, moments)
         if moments and GREEDY_NEURONS and student.intermediate_size < teacher.intermediate_size:
             choose_neurons(keep, student.intermediate_size, source, moments, checkpoint, device)
@@ -1102,10 +1125,11 @@ def main() -> Path:
             more = {"teacher": teacher_record(checkpoint, scores), "portability": runtimes, "sha256": files}
             common.write_record(folder, common.run_record(script, **more, kept=kept_record(keep, rotate)))
         print_sizes(source.infos, planned, (teacher, student))
-    revision = f" REVISION={REVISION}" if REVISION else ""
+    revision = [f"REVISION={REVISION}"] if REVISION else []
     print("\nWho can load it:")
     common.print_table([[runtime, *more] for runtime, *more in runtimes], right=False)
-    print(f"\nWrote {output}/. Next: uv run distill.py TEACHER={MODEL} STUDENT={output}{revision}")
+    following = [f"TEACHER={MODEL}", f"STUDENT={output}", *revision]
+    print(f"\nWrote {output}/. Next: uv run distill.py {shlex.join(following)}")
     return output
 
 

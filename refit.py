@@ -71,10 +71,11 @@ def read_finite(source: Source, name: str, device: torch.device) -> torch.Tensor
 
 
 def factorize(gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The Cholesky factor of gram + λ mean(diag gram) I; λ grows where float32 sums left that not positive definite."""
-    scale = gram.diagonal().mean().clamp(min=1e-30) * torch.eye(len(gram)).to(gram)
-    for larger in (1, 10, 100):
-        factor, failed = torch.linalg.cholesky_ex(gram + larger * ridge * scale)
+    """The Cholesky factor of gram + λ mean(diag gram) I; λ grows where float32 sums left that not positive definite,
+    as they do where a covariance is small beside the means."""
+    scale = gram.diagonal().abs().mean().clamp(min=1e-30) * torch.eye(len(gram)).to(gram)
+    for power in range(7):
+        factor, failed = torch.linalg.cholesky_ex(gram + 10**power * ridge * scale)
         if not failed:
             return factor
     raise PareError(

@@ -6,7 +6,8 @@ On the bundled teacher and its held-out text (64 rows of 256 tokens), calibrated
 drawn anew for each of SEEDS (3) seeds. Rows of the table that is kept in zero_shot.md: random and anti-ranked scores;
 the nine aggregations of arXiv 2407.14679 Table 11 (batch, then sequence); Pare's scores sliced only; then NORM_RESCALE,
 REFIT and both, and both without each part of the refit. Columns: the sizes of the demo, each axis alone and all
-together. Then 2 of 8 layers dropped, by each metric; key-value heads averaged; and the KL that is left after the demo's
+together, also with 2 of 8 layers dropped by block importance. Then those alone, by each metric, sliced only and with
+the default corrections; key-value heads averaged; and the KL that is left after the demo's
 distillation, for plain slicing and for each part of the refit. About an hour on two cores.
 """
 
@@ -37,6 +38,7 @@ AXES = {
     "hidden": {"HIDDEN_SIZE": 128},
     "all three": {"INTERMEDIATE_SIZE": 240, "NUM_ATTENTION_HEADS": 8, "HIDDEN_SIZE": 128},
 }
+AXES["and 6 of 8 layers"] = AXES["all three"] | {"NUM_HIDDEN_LAYERS": 6}
 DEFAULT = {"NORM_RESCALE": True, "REFIT": None, "ROTATE": True, "GREEDY_NEURONS": True, "REFIT_SAMPLES": 256}
 SLICED = DEFAULT | {"NORM_RESCALE": False, "REFIT": False}
 ONCE = DEFAULT | {"REFIT_SAMPLES": 0}
@@ -184,6 +186,8 @@ class Seed:
             for block in (False, True):
                 constants = {"LAYER_METRIC": metric, "CONTIGUOUS_LAYERS": block, "NUM_HIDDEN_LAYERS": 6}
                 rows[metric + (", one block" if block else "")] = self.prune(self.scores, **constants)
+            constants = {"LAYER_METRIC": metric, "NUM_HIDDEN_LAYERS": 6}
+            rows[f"{metric}, default"] = self.prune(self.scores, **DEFAULT | constants)
         return rows
 
     def distilled_rows(self) -> dict[str, tuple[float, float]]:
@@ -246,7 +250,8 @@ def main(num_seeds: int) -> None:
         print_markdown("10 key-value heads averaged to 5", ["heads"], averages)
         print_markdown(f"after distillation on {demo.TRAIN_TOKENS} tokens", ["all three"], distilled)
         plain, default = (
-            sum(kl for kl, _ in widths[title][-1]) / num_seeds for title in ("(L2, mean)", "+ both (the default)")
+            sum(kl for kl, _ in widths[title][list(AXES).index("all three")]) / num_seeds
+            for title in ("(L2, mean)", "+ both (the default)")
         )
         print(f"\nDefault / plain slicing (L2, mean), all three: {default:.3f} / {plain:.3f} = {default / plain:.3f}")
 

@@ -1,6 +1,7 @@
 """Every mistake a user can make ends in one or two lines that name the constant and what would work, and nothing on
 disk is lost."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -163,6 +164,7 @@ def test_help_lists_the_docstring_and_every_constant_with_its_comment():
         ("PROTECT_FULL_ATTENTION=1", ["PROTECT_FULL_ATTENTION = 1", "True or False"]),
         ("LAYERS_TO_DROP=5", ["LAYERS_TO_DROP = 5", "a list of whole numbers"]),
         ("LAYERS_TO_DROP=[1,'a']", ["LAYERS_TO_DROP", "a list of whole numbers"]),
+        ("HIDDEN_SIZE={[1]:2}", ["HIDDEN_SIZE = '{[1]:2}'", "a whole number or None"]),
     ],
 )
 def test_unknown_constants_and_wrong_kinds(argument, parts):
@@ -180,6 +182,7 @@ def test_overrides_are_literals_of_the_right_kind_else_text():
 
 def test_a_constant_of_the_wrong_kind_in_the_script_itself(refused):
     contains(refused(prune, INTERMEDIATE_SIZE="6144"), "INTERMEDIATE_SIZE = '6144'", "a whole number or None")
+    contains(refused(distill, LEARNING_RATE=float("inf")), "LEARNING_RATE = inf", "must be a number")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,11 +403,11 @@ def test_the_code_of_a_repository_is_never_run(damaged, refused, tmp_path):
     assert not marker.exists()
 
 
-def test_a_damaged_index_or_config(damaged, refused):
-    folder, _ = damaged
+def test_a_damaged_index_or_config(sharded, damaged, refused):
     for content in ('{"weight_', "{}", "[]"):
-        (folder / "model.safetensors.index.json").write_text(content)
-        contains(refused(prune, MODEL=str(folder)), "index.json is damaged", "Download")
+        (sharded / "model.safetensors.index.json").write_text(content)
+        contains(refused(prune, MODEL=str(sharded)), "index.json is damaged", "Download")
+    folder, _ = damaged
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     contains(refused(importance_analysis, MODEL=str(folder)), "MODEL", "is quantized")
@@ -639,7 +642,7 @@ def test_heads_that_do_not_fit_the_key_value_heads(heads, key_value_heads, parts
 def test_sizes_that_transformers_refuses(checkpoints, text, tmp_path, refused):
     scores = analyse(checkpoints["llama"], text, tmp_path / "llama.pt")
     message = refused(prune, MODEL=str(checkpoints["llama"]), SCORES_PATH=str(scores), HIDDEN_SIZE=32)
-    contains(message, "HIDDEN_SIZE=32", "NUM_ATTENTION_HEADS=6", "not a multiple of the number of attention heads")
+    contains(message, "HIDDEN_SIZE = 32", "multiple of NUM_ATTENTION_HEADS = 6", "30 or 36")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -990,10 +993,128 @@ def test_what_a_killed_run_left_is_not_in_the_way(debris, over, checkpoints, sco
 # Found by trying to break it
 
 
-@pytest.mark.parametrize("path", ["/", "x" * 300, "a\0b"])
+@pytest.mark.parametrize("path", ["/", "x" * 300, "a\0b", "~nobody-of-this-name/x", "x" * 230 + ".pt"])
 def test_paths_that_are_none(path, refused):
     contains(refused(prune, OUTPUT_DIR=path), "OUTPUT_DIR = ")
     contains(refused(importance_analysis, SCORES_PATH=path), "SCORES_PATH = ")
+    if path != "/":
+        contains(refused(importance_analysis, MODEL=path), "MODEL = ")
+        contains(refused(importance_analysis, DATASET=path), "DATASET = ")
+
+
+def test_what_a_user_changed_in_a_result_is_not_written_over(refused, checkpoints, scores, tmp_path):
+    """Weights trained in place, folders, links; a copy with new times is the same result."""
+    folder = cut_into(tmp_path / "out", checkpoints, scores, HIDDEN_SIZE=40)
+    for path in sorted(folder.rglob("*")):
+        path.touch()
+    (folder / "pare.json").touch()
+    os.utime(folder / "model.safetensors")  # as `cp` may leave it: newer than pare.json, and the same
+    assert cut_into(folder, checkpoints, scores, HIDDEN_SIZE=44) == folder
+    weights = {name: 2 * tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    contains(refused(prune, OUTPUT_DIR=str(folder)), "OUTPUT_DIR", "did not write", "model.safetensors")
+    contains(refused(importance_analysis, MODEL=str(folder)), "MODEL = ", "changed since prune.py wrote it", "move")
+    shutil.rmtree(folder)
+    for add in (lambda path: path.mkdir(), lambda path: path.symlink_to("/nowhere"), os.mkfifo):
+        add(cut_into(folder, checkpoints, scores, HIDDEN_SIZE=40) / "mine")
+        contains(refused(prune, OUTPUT_DIR=str(folder)), "OUTPUT_DIR", "did not write", "mine")
+        shutil.rmtree(folder)
+
+
+def test_records_of_another_form(refused, checkpoints, tmp_path):
+    model, output = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(checkpoints["olmo3"], model)
+    for record in ('{"script": "prune.py", "files": 5}', '{"script": "prune.py", "sha256": 5}', "[]"):
+        output.mkdir(exist_ok=True)
+        (output / "pare.json").write_text(record)
+        contains(refused(prune, OUTPUT_DIR=str(output)), "OUTPUT_DIR", "not made by Pare")
+    (model / "pare.json").write_text('{"sha256": 5}')
+    common.check_hashes(common.find_checkpoint(str(model), None, "MODEL"), "MODEL")
+
+
+def test_the_weights_that_transformers_loads_are_the_ones_that_are_pruned(checkpoints, text, tmp_path):
+    """Where one file lies beside shards and their index, as `save_pretrained` may leave them, it is the one file."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["llama"], folder)
+    load(folder).save_pretrained(folder, max_shard_size="100KB")
+    model = load(folder)
+    model.model.layers[0].mlp.down_proj.weight.data.zero_()
+    save_file(
+        {name: x.clone() for name, x in model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    assert (folder / "model.safetensors.index.json").is_file()
+    scores = analyse(folder, text, tmp_path / "scores.pt")
+    configure(prune, MODEL=str(folder), SCORES_PATH=str(scores), OUTPUT_DIR=str(tmp_path / "out"), DEVICE="cpu")
+    configure(prune, **KEEP_ALL | {"TARGET_PARAMS": None})
+    for name, tensor in load(prune.main()).state_dict().items():
+        assert torch.equal(tensor, load(folder).state_dict()[name])
+
+
+def test_names_with_brackets_are_no_patterns(checkpoints, text, tmp_path):
+    for name, words in (("a[1].jsonl", "right"), ("a1.jsonl", "wrong"), ("d [v2]/t*.jsonl", "star")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": words}))
+    for name, words in (("a[1].jsonl", "right"), ("d [v2]", "star"), ("d [v2]/t*.jsonl", "star")):
+        assert list(common.open_text(str(tmp_path / name), None, "train", "text")) == [words]
+    other = tmp_path / ".s1.partial-0-of-1.safetensors"
+    other.write_text("of another run")
+    analyse(checkpoints["llama"], text, tmp_path / "s[1].pt", SAVE_MINUTES=0.0)
+    assert other.read_text() == "of another run"
+    assert not list(tmp_path.glob(".s[[]*"))
+
+
+def test_moments_behind_a_link_stay_there(checkpoints, text, tmp_path):
+    """A user has moved them to a larger disk."""
+    path, moments = tmp_path / "scores.pt", tmp_path / "scores.moments"
+    for seed in range(3):
+        analyse(checkpoints["llama"], text, path, SECOND_MOMENTS=True, SEED=seed)
+        if not moments.is_symlink():
+            (tmp_path / "large").mkdir()
+            moments.rename(tmp_path / "large" / "moments")
+            moments.symlink_to(tmp_path / "large" / "moments")
+        identity = common.load_scores(path)["meta"]["moments"]
+        prune.Moments(tmp_path / "large" / "moments", identity).check(4, True)
+    assert [file.name for file in (tmp_path / "large").iterdir()] == ["moments"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_files_without_permission_are_named(checkpoints, tmp_path):
+    shutil.copytree(checkpoints["olmo3"], tmp_path / "model")
+    (tmp_path / "model").chmod(0)
+    result = command("importance_analysis.py", f"MODEL={tmp_path / 'model'}", f"SCORES_PATH={tmp_path / 's.pt'}")
+    (tmp_path / "model").chmod(0o700)
+    assert result.returncode == 1
+    contains(result.stderr, "Permission denied", str(tmp_path / "model"))
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("name", "value"), [("model_type", ["olmo3"]), ("model_type", {}), ("num_attention_heads", 0)])
+def test_configs_that_no_model_has(name, value, damaged, refused):
+    folder, _ = damaged
+    edit_json(folder / "config.json", **{name: value})
+    for script in (importance_analysis, prune):
+        contains(refused(script, MODEL=str(folder)), "MODEL")
+
+
+def test_the_next_command_can_be_pasted(checkpoints, text, tmp_path, capsys):
+    import shlex
+
+    folder = tmp_path / "my models" / "olmo"
+    shutil.copytree(checkpoints["olmo3"], folder)
+    scores = analyse(folder, text, tmp_path / "my models" / "scores.pt")
+    pasted = shlex.split(capsys.readouterr().out.splitlines()[-1].split("Next: ")[1])
+    assert pasted == ["uv", "run", "prune.py", f"MODEL={folder}", f"SCORES_PATH={scores}"]
+
+
+def test_a_fresh_download_is_advised_by_its_command(checkpoints, tmp_path):
+    """A shard of a Hub model that is cut short."""
+    shutil.copytree(checkpoints["olmo3"], tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    found = common.find_checkpoint(str(tmp_path / "model"), None, "MODEL")
+    with pytest.raises(PareError) as caught:
+        common.tensor_infos(dataclasses.replace(found, name="org/model", revision="abc"), "MODEL")
+    contains(str(caught.value), "cut short", "hf download org/model --revision abc --force-download")
 
 
 def test_nothing_is_written_into_the_folder_of_the_model(refused, checkpoints, tmp_path):
@@ -1083,6 +1204,9 @@ def test_impossible_sizes_are_refused_before_a_download(refused, monkeypatch, ch
         {"NUM_KEY_VALUE_HEADS": 4, "NUM_ATTENTION_HEADS": 6, "TARGET_PARAMS": "0.2M"},
         *({"LAYERS_TO_DROP": [99], "TARGET_PARAMS": target} for target in (None, "0.2M")),
         {"NUM_HIDDEN_LAYERS": 5, "LAYERS_TO_DROP": [3], "TARGET_PARAMS": "0.2M"},
+        {"NUM_HIDDEN_LAYERS": 1},
+        {"NUM_HIDDEN_LAYERS": 1, "CONTIGUOUS_LAYERS": True},
+        {"REQUIRE_PORTABLE": True, "HIDDEN_SIZE": 40},
     ]
     for wrong in wrongs:
         contains(refused(prune, MODEL="org/model", **wrong), next(iter(wrong)))
