@@ -114,6 +114,37 @@ def in_a_plane(model) -> None:
                 linear.bias.data = project @ linear.bias.data
 
 
+def in_a_plane_after_norms(model) -> None:
+    """The same for a post-norm model: 24 of 48 dimensions after the norms' weights, which are large in one half of the
+    channels and small in the other. Every direction has as much of either, so that a norm over the 24 alone divides by
+    a constant times the same."""
+    generator = torch.Generator().manual_seed(4)
+    halves = [torch.linalg.qr(torch.randn(24, 24, generator=generator))[0] for _ in range(2)]
+    basis = torch.cat(halves, dim=1) / math.sqrt(2)  # (24, 48), orthonormal rows
+    model.model.embed_tokens.weight.data @= basis.T @ basis
+    for index, layer in enumerate(model.model.layers):
+        for linear, norm, large in (
+            (layer.self_attn.o_proj, layer.post_attention_layernorm, 1.5 + index / 10),
+            (layer.mlp.down_proj, layer.post_feedforward_layernorm, 1.2 + index / 5),
+        ):
+            norm.weight.data = torch.tensor([large] * 24 + [0.5] * 24)
+            linear.weight.data = basis.T @ (basis @ linear.weight.data) / norm.weight.data[:, None]
+
+
+@pytest.mark.parametrize("samples", [0, 12])
+@pytest.mark.parametrize("family", ["olmo2", "olmo3"])
+def test_directions_that_are_never_used_are_no_loss_after_norms(family, samples, text, tmp_path):
+    source = save_checkpoint(tmp_path / "model", family, edit=in_a_plane_after_norms, rms_norm_eps=1e-12)
+    scores = analyse(source, text, tmp_path / "scores.pt", **MOMENTS)
+    sizes = {"HIDDEN_SIZE": 24, "REFIT_SAMPLES": samples}
+    rotated = cut(source, scores, tmp_path / "rotated", **sizes)
+    channels = cut(source, scores, tmp_path / "channels", ROTATE=False, **sizes)
+    ids = some_ids(300)
+    expected = logits_of(load(source), ids)
+    torch.testing.assert_close(logits_of(load(rotated), ids), expected, rtol=2e-3, atol=2e-3)
+    assert (logits_of(load(channels), ids) - expected).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_directions_that_are_never_used_are_no_loss(family, text, tmp_path, monkeypatch):
     monkeypatch.setattr(refit, "RIDGE", 1e-2)
