@@ -682,6 +682,69 @@ def test_killed_second_moments_continue(checkpoints, text, tmp_path, moments, mo
         assert file.name not in done or done[file.name] == found.stat().st_ino, f"{file.name} was made again"
 
 
+def test_second_moments_killed_within_a_pass_continue(checkpoints, text, tmp_path, monkeypatch, capsys):
+    constants = MOMENTS | {"BATCH_SIZE": 1, "SAVE_MINUTES": 0.0, "LAYER_PERPLEXITY": False, "NUM_SAMPLES": 6}
+    score(checkpoints["llama"], text, tmp_path / "whole.pt", **constants)
+    capsys.readouterr()
+    kill_after(6 + 3, monkeypatch)
+    with pytest.raises(Killed):
+        score(checkpoints["llama"], text, tmp_path / "scores.pt", **constants)
+    assert not (tmp_path / ".scores.moments.tmp" / "layer-0.safetensors").exists()
+    score(checkpoints["llama"], text, tmp_path / "scores.pt", **constants)
+    assert "continuing after 3 rows of second moments, pass 1 of 1\n" in capsys.readouterr().out
+    for file in (tmp_path / "whole.moments").iterdir():
+        assert (tmp_path / "scores.moments" / file.name).read_bytes() == file.read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_no_room_for_unfinished_second_moments_is_no_reason_to_stop(checkpoints, text, tmp_path, monkeypatch):
+    saved, save_file, usage = [], importance_analysis.save_file, shutil.disk_usage(tmp_path)
+
+    def note(tensors, path, record):
+        saved.append(Path(path).name)
+        save_file(tensors, path, record)
+
+    monkeypatch.setattr(importance_analysis, "save_file", note)
+    needed = sum(
+        importance_analysis.moment_bytes(places)
+        for places in importance_analysis.moment_files(
+            load(checkpoints["llama"]).config, common.find_checkpoint(str(checkpoints["llama"]), None, "MODEL")
+        ).values()
+    )
+    for free, expected in ((2 * needed, False), (3 * needed, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        saved.clear()
+        score(checkpoints["llama"], text, tmp_path / f"{free}.pt", **MOMENTS | {"SAVE_MINUTES": 0.0})
+        assert any("-moments" in name for name in saved) == expected
+        assert any("partial-0-of-1.safetensors" in name for name in saved)
+
+
+def test_damaged_second_moments_of_a_killed_run_are_made_again(checkpoints, text, tmp_path, moments):
+    folder, path = tmp_path / ".scores.moments.tmp", tmp_path / "scores.pt"
+    shutil.copytree(moments, folder)
+    damaged = bytearray((folder / "layer-1.safetensors").read_bytes())
+    damaged[-1000] ^= 1
+    (folder / "layer-1.safetensors").write_bytes(damaged)
+    kept = (folder / "layer-0.safetensors").stat().st_ino
+    score(checkpoints["llama"], text, path, **MOMENTS)
+    for file in moments.iterdir():
+        assert (path.with_suffix(".moments") / file.name).read_bytes() == file.read_bytes()
+    assert (path.with_suffix(".moments") / "layer-0.safetensors").stat().st_ino == kept
+
+
+def test_the_models_perplexity_is_printed_first(checkpoints, text, tmp_path, capsys):
+    """Flipped bytes in a download may leave finite weights: the user sees what the model makes of text."""
+    score(checkpoints["llama"], text, tmp_path / "scores.pt", NUM_SAMPLES=4)
+    printed = re.search(r"perplexity of the first (\d+) tokens: (\S+) ", capsys.readouterr().out)
+    constants = common.load_scores(tmp_path / "scores.pt")["meta"]["constants"]
+    rows = expected_rows(checkpoints["llama"], text, 4, constants["SEQUENCE_LENGTH"])[:1]
+    with torch.inference_mode():
+        log_probs = load(checkpoints["llama"])(rows).logits.log_softmax(-1)
+    loss = -log_probs[:, :-1].gather(2, rows[:, 1:, None]).mean()
+    assert int(printed[1]) == rows.numel()
+    assert float(printed[2]) == pytest.approx(loss.exp().item(), rel=1e-3)
+
+
 def test_second_moments_of_other_samples_are_not_taken_up(checkpoints, text, tmp_path, moments):
     folder, path = tmp_path / ".scores.moments.tmp", tmp_path / "scores.pt"
     shutil.copytree(moments, folder)
