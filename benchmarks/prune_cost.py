@@ -6,10 +6,11 @@ Writes 14.6 GB of random bfloat16 in shards of 3 GB, prunes them to the default 
 off), and prints the table that is kept in prune_cost.md. Needs 35 GB of disk in FOLDER (the system's temporary folder
 by default) and removes what it made. Each line is the median of runs in processes of their own, one after the other:
 
-- prune.py: the whole script with its default constants.
+- prune.py: the whole script with its default constants, but for a score file without second moments.
 - cp: as many bytes as the student has, from the teacher's first shards to a new folder, then `sync`; and the remaining
-  bytes that pruning reads, from the shards after those to /dev/null. Pruning reads whole rows: all rows of a matrix
-  whose columns it cuts, only the kept rows of one whose rows it cuts.
+  bytes that pruning needs, from the shards after those to /dev/null. Pruning needs whole rows: all rows of a matrix
+  whose columns it cuts, only the kept rows of one whose rows it cuts. (Where more than half of the rows in a stretch
+  are kept it reads the stretch, which is faster than leaving gaps of a row or two; `cp` does not pay for that.)
 - the usual way: from_pretrained in bfloat16, the same tensors indexed in memory, save_pretrained (in 5 GB shards).
 
 Before each, the teacher's files are written to disk and evicted from the page cache; each ends with a `sync`. Peak
@@ -242,7 +243,7 @@ def main(parent: str | None) -> None:
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         print(f"\n{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, {versions}, load before {load:.1f}\n")
-        print(f"Pruning reads {plan['read'] / 1e9:.2f} GB and writes {plan['written'] / 1e9:.2f} GB.\n")
+        print(f"Pruning needs {plan['read'] / 1e9:.2f} GB and writes {plan['written'] / 1e9:.2f} GB.\n")
         print("| Olmo 3 7B → 3.64B, random bfloat16 | seconds (median) | of cp | peak memory, GiB |\n|---|---|---|---|")
         titles = {"prune.py": "prune.py", "cp": "cp of the same bytes", "usual": "load, index, save_pretrained"}
         seconds = {way: statistics.median(run[1] for run in runs if run[0] == way) for way in titles}
