@@ -294,8 +294,9 @@ def test_importing_a_script_does_nothing():
 def test_scores_that_are_not_finite_are_not_written(checkpoints, text, tmp_path, monkeypatch):
     nan = float("nan")
     monkeypatch.setattr(importance_analysis, "scores_of", lambda *args: {"layer": {0: nan}})
-    with pytest.raises(PareError, match="DTYPE"):
-        score(checkpoints["olmo3"], text, tmp_path / "scores.pt", LAYER_PERPLEXITY=False)
+    for dtype, advice in (("bfloat16", "try DTYPE = 'float32'"), ("float32", "weights are damaged")):
+        with pytest.raises(PareError, match=advice):
+            score(checkpoints["olmo3"], text, tmp_path / "scores.pt", LAYER_PERPLEXITY=False, DTYPE=dtype)
     assert not (tmp_path / "scores.pt").exists()
 
 
