@@ -46,8 +46,10 @@ def test_without_a_ridge_no_other_weights_come_nearer(monkeypatch):
 def test_a_ridge_too_small_for_the_rounding_of_the_moments_grows():
     gram = torch.diag(torch.tensor([1.0, 1.0, -3e-4, 1.0], dtype=torch.float64))
     factor = refit.factorize(gram, 1e-4)
-    expected = gram + 1e-3 * gram.diagonal().mean() * torch.eye(4, dtype=torch.float64)
+    expected = gram + 1e-3 * gram.diagonal().abs().mean() * torch.eye(4, dtype=torch.float64)
     torch.testing.assert_close(factor @ factor.T, expected)
+    nothing = torch.tensor([[-1e-9, 2e-9], [2e-9, 1e-9]], dtype=torch.float64)  # a covariance that is rounding alone
+    assert refit.factorize(nothing, 1e-3).isfinite().all()
     with pytest.raises(common.PareError, match="REFIT"):
         refit.factorize(gram * math.nan, 1e-4)
 
