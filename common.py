@@ -419,6 +419,7 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # those that Pare slice
 SAFETENSORS_DTYPES = {*DTYPE_BYTES, "BOOL", "C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2"}
 SAFETENSORS_DTYPES |= {"F8_E5M2FNUZ", "F8_E8M0", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"}
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What transformers raises at a config that it cannot use:
 REFUSALS = (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError, StrictDataclassError)
 LOCAL_OR_DEMO = "A local folder works too, and `uv run demo.py` needs no network."
 

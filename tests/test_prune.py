@@ -1211,6 +1211,18 @@ def test_heads_that_cannot_follow_a_hidden_size_set_by_hand_stay():
     assert [found[name] for name in prune.SIZE_NAMES[:4]] == [2304, 7680, 32, 8]
 
 
+@pytest.mark.parametrize("divisible", [True, False])
+def test_a_hidden_size_chosen_for_llama_is_a_multiple_of_its_heads(divisible):
+    teacher = prune.Sizes(80, 256, 5, 5, 2)  # heads of 32
+    count = lambda sizes: 1000 * sizes.hidden_size + sizes.intermediate_size * sizes.hidden_size  # noqa: E731
+    targets = dict.fromkeys(prune.SIZE_NAMES) | {"LAYERS_TO_DROP": None}
+    chosen = [
+        prune.derive_targets(teacher, targets | {"TARGET_PARAMS": f"{wanted}K"}, count, 32, divisible)["HIDDEN_SIZE"]
+        for wanted in (44, 48, 50, 85, 95)
+    ]
+    assert all(hidden % 5 == 0 for hidden in chosen) == divisible
+
+
 @pytest.mark.parametrize("name", ["HIDDEN_SIZE", "INTERMEDIATE_SIZE", "NUM_ATTENTION_HEADS", "NUM_KEY_VALUE_HEADS"])
 def test_a_size_of_zero_is_not_a_size_left_open(name):
     with pytest.raises(PareError, match=f"{name} = 0"):
