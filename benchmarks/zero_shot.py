@@ -7,8 +7,8 @@ drawn anew for each of SEEDS (3) seeds. Rows of the table that is kept in zero_s
 the nine aggregations of arXiv 2407.14679 Table 11 (batch, then sequence); Pare's scores sliced only; then NORM_RESCALE,
 REFIT and both, and both without each part of the refit. Columns: the sizes of the demo, each axis alone and all
 together, also with 2 of 8 layers dropped by block importance. Then those alone, by each metric, sliced only and with
-the default corrections; key-value heads averaged; and the KL that is left after the demo's
-distillation, for plain slicing and for each part of the refit. About an hour on two cores.
+the default corrections; key-value heads averaged; and the KL that is left after the demo's distillation, for plain
+slicing and for each part of the refit. An hour or two on two cores.
 """
 
 import contextlib

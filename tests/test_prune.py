@@ -1211,6 +1211,16 @@ def test_heads_that_cannot_follow_a_hidden_size_set_by_hand_stay():
     assert [found[name] for name in prune.SIZE_NAMES[:4]] == [2304, 7680, 32, 8]
 
 
+@pytest.mark.parametrize(("factor", "value", "blamed"), [(2.0, 6e4, "outgrows F16"), (1.0, math.inf, "not finite")])
+def test_what_outgrows_float16_is_not_blamed_on_the_download(factor, value, blamed, tmp_path):
+    save_file({"x": torch.full((4, 2), value, dtype=torch.float16)}, tmp_path / "a.safetensors")
+    source = common.Source(tmp_path, common.read_header(tmp_path / "a.safetensors"))
+    tensor = prune.Planned("x", "x", "F16", (4, 2), None, torch.arange(4)[:, None], None, factor=factor)
+    with pytest.raises(PareError, match=blamed):
+        prune.cut_piece(tensor, tensor.rows, source, None)
+    source.close()
+
+
 @pytest.mark.parametrize("divisible", [True, False])
 def test_a_hidden_size_chosen_for_llama_is_a_multiple_of_its_heads(divisible):
     teacher = prune.Sizes(80, 256, 5, 5, 2)  # heads of 32
