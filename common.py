@@ -312,6 +312,7 @@ POST_NORMS = {"post_attention_layernorm": (HIDDEN,), "post_feedforward_layernorm
 NORMS_BEFORE_AND_AFTER = PRE_NORMS | POST_NORMS | {"pre_feedforward_layernorm": (HIDDEN,)}
 INPUT_NORMS = {ATTENTION_INPUT: "input_layernorm", FEEDFORWARD_INPUT: "post_attention_layernorm"}
 OUTPUT_NORMS = {HEADS: "post_attention_layernorm", NEURONS_AT: "post_feedforward_layernorm"}
+HEAD_NORMS = {"self_attn.q_proj": "self_attn.q_norm", "self_attn.k_proj": "self_attn.k_norm"}
 QK_NORMS_OVER_ALL_HEADS = {"self_attn.q_norm": (QUERY,), "self_attn.k_norm": (KEY_VALUE,)}
 QK_NORMS_PER_HEAD = {"self_attn.q_norm": (WHOLE,), "self_attn.k_norm": (WHOLE,)}
 
@@ -347,6 +348,11 @@ class Family:
     def norms(self) -> dict[str, str | None]:
         """Norms of a layer -> the channels they span."""
         return {name: axes[0] for name, axes in self.modules.items() if len(axes) == 1}
+
+    def norm_behind(self, linear: str) -> str | None:
+        """The norm of a linear layer's outputs."""
+        norm = self.output_norms.get(linear) or HEAD_NORMS.get(linear)
+        return norm if norm in self.modules else None
 
 
 OLMO = {

@@ -1035,7 +1035,7 @@ def write_student(
         channels = checkpoint.config.hidden_size + len(keep.hidden)
         size = rows.numel() * channels * common.DTYPE_BYTES[source.infos[f"{common.EMBEDDING}.weight"].dtype]
         print(f"refitting in sequence: {size / 1e9:.1f} GB of residual streams on {device}", flush=True)
-        refit_in_sequence(checkpoint.folder, folder, planned, basis, rows, device)
+        refit_in_sequence(checkpoint.folder, folder, planned, basis, rows, device, NORM_RESCALE)
         files = {}  # changed in place
     written = common.find_checkpoint(str(folder), None, "OUTPUT_DIR")
     infos = common.tensor_infos(written, "OUTPUT_DIR")

@@ -324,15 +324,15 @@ class Reached(Exception):
     """Ends a forward pass where nothing further is wanted."""
 
 
-def inputs_at(side: LayerByLayer, index: int, batch: int, place: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input (B, T, channels) and output of the first linear layer at a place; the layer runs only that far."""
+def run_to(side: LayerByLayer, index: int, batch: int, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input and output (B, T, channels) of a linear layer; its decoder layer runs only that far."""
     seen = []
 
     def stop(module, args, output):
         seen.extend((args[0], output))
         raise Reached
 
-    handle = side.base.layers[index].get_submodule(place).register_forward_hook(stop)
+    handle = side.base.layers[index].get_submodule(linear).register_forward_hook(stop)
     try:
         side.run(index, batch)
     except Reached:
@@ -348,8 +348,8 @@ def place_moments(teacher: LayerByLayer, student: LayerByLayer, index: int, new:
     moments = CrossMoments()
     normed = place in teacher.checkpoint.family.output_norms
     for batch in range(len(teacher.hidden)):
-        x, output = inputs_at(teacher, index, batch, place)
-        y, _ = inputs_at(student, new, batch, place)
+        x, output = run_to(teacher, index, batch, place)
+        y, _ = run_to(student, new, batch, place)
         size = (output if normed else teacher.hidden[batch]).float().square().mean(-1)
         moments.add(x, y, 1 / size.clamp(min=1e-20))
     return moments
@@ -364,12 +364,19 @@ def student_rows(tensor, weight: torch.Tensor, basis: torch.Tensor | None) -> to
 
 @torch.inference_mode()
 def refit_in_sequence(
-    teacher_folder: Path, student_folder: Path, planned: list, basis: torch.Tensor | None, rows: torch.Tensor, device
+    teacher_folder: Path,
+    student_folder: Path,
+    planned: list,
+    basis: torch.Tensor | None,
+    rows: torch.Tensor,
+    device: torch.device,
+    norms: bool,
 ) -> None:
     """Refit the linear layers of the student in `student_folder` once more, in place, from the first to the last.
 
     Each is fitted to the teacher's outputs from the inputs that the student really gets, the errors of all layers
-    before it included. rows (samples, T) are calibration text.
+    before it included; with `norms`, so is the size of what the norms behind them give. rows (samples, T) are
+    calibration text.
     """
     batches = list(rows.split(max(1, TOKENS_AT_ONCE // rows.shape[1])))
     teacher, student = (LayerByLayer(folder, batches, device) for folder in (teacher_folder, student_folder))
@@ -382,8 +389,10 @@ def refit_in_sequence(
         if index in kept:
             new = kept.index(index)
             student.fill(student.base.layers[new], f"model.layers.{new}.")
-            for place in common.PLACES:
+            for place, linears in common.PLACES.items():
                 refit_place(teacher, student, index, new, place, plan, basis)
+                for linear in linears if norms else ():
+                    refit_norm(teacher, student, index, new, linear, plan, basis)
             student.step(new)
         teacher.step(index)
         progress.update(1)
@@ -406,6 +415,32 @@ def refit_place(teacher, student, index: int, new: int, place: str, plan: dict, 
         if biased:
             now.bias.copy_(student_rows(tensor, old.bias[:, None], basis).squeeze(1) + shift)
             student.write(f"{name}.bias", now.bias)
+
+
+def refit_norm(teacher, student, index: int, new: int, linear: str, plan: dict, basis: torch.Tensor | None) -> None:
+    """Scale the norm behind a linear layer, if any, so that its outputs come nearest to the teacher's.
+
+    A norm gives outputs of the teacher's size however little they have to do with the teacher's; least squares shrinks
+    them by as much as they are wrong.
+    """
+    family, tensor = teacher.checkpoint.family, plan[f"model.layers.{new}.{linear}.weight"]
+    name = family.norm_behind(linear)
+    if name is None:
+        return
+
+    def normed(side: LayerByLayer, layer: int, batch: int) -> torch.Tensor:
+        norm, (_, output) = side.base.layers[layer].get_submodule(name), run_to(side, layer, batch, linear)
+        return norm(output.unflatten(-1, (-1, len(norm.weight)))).flatten(2).double()  # whole, or head by head
+
+    rows, across, energy = tensor.rows.to(teacher.device), 0, 0
+    for batch in range(len(teacher.hidden)):
+        wanted, given = normed(teacher, index, batch), normed(student, new, batch)
+        wanted = wanted[..., rows].mean(-1) if tensor.mixed is None else wanted @ basis.T
+        across, energy = across + (wanted * given).sum(), energy + given.square().sum()
+    weight = student.base.layers[new].get_submodule(name).weight
+    if energy > 0:
+        weight.add_((weight + family.norm_offset) * (across / energy - 1))  # a factor of 1 changes no bit
+        student.write(f"model.layers.{new}.{name}.weight", weight)
 
 
 def refit_head(teacher: LayerByLayer, student: LayerByLayer) -> None:

@@ -8,7 +8,7 @@ the nine aggregations of arXiv 2407.14679 Table 11 (batch, then sequence); Pare'
 REFIT and both, and both without each part of the refit. Columns: the sizes of the demo, each axis alone and all
 together, also with 2 of 8 layers dropped by block importance. Then those alone, by each metric, sliced only and with
 the default corrections; key-value heads averaged; and the KL that is left after the demo's distillation, for plain
-slicing and for each part of the refit. An hour or two on two cores.
+slicing and for each part of the refit. The seeds run side by side, on one core each: an hour or two on two cores.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.multiprocessing import get_context
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,7 +40,8 @@ AXES = {
     "all three": {"INTERMEDIATE_SIZE": 240, "NUM_ATTENTION_HEADS": 8, "HIDDEN_SIZE": 128},
 }
 AXES["and 6 of 8 layers"] = AXES["all three"] | {"NUM_HIDDEN_LAYERS": 6}
-DEFAULT = {"NORM_RESCALE": True, "REFIT": None, "ROTATE": True, "GREEDY_NEURONS": True, "REFIT_SAMPLES": 256}
+SWITCHES = ("NORM_RESCALE", "REFIT", "ROTATE", "GREEDY_NEURONS", "REFIT_SAMPLES")
+DEFAULT = {name: getattr(prune, name) for name in SWITCHES}
 SLICED = DEFAULT | {"NORM_RESCALE": False, "REFIT": False}
 ONCE = DEFAULT | {"REFIT_SAMPLES": 0}
 CORRECTIONS = {
@@ -52,7 +54,13 @@ CORRECTIONS = {
     "  and without GREEDY_NEURONS": ONCE | {"GREEDY_NEURONS": False},
     "  and without either": ONCE | {"ROTATE": False, "GREEDY_NEURONS": False},
 }
-DISTILLED = ("both, not in sequence", "  and without ROTATE", "  and without GREEDY_NEURONS", "  and without either")
+DISTILLED = (
+    "+ REFIT",
+    "both, not in sequence",
+    "  and without ROTATE",
+    "  and without GREEDY_NEURONS",
+    "  and without either",
+)
 SEQUENCE = {  # activations (B, T, channels) -> (B, channels)
     "mean": lambda x: x.abs().mean(1),
     "L2": lambda x: x.square().sum(1).sqrt(),
@@ -131,16 +139,19 @@ def quietly(function, *arguments):
 class Seed:
     """One calibration: scores by name, and what pruning by them gives."""
 
-    def __init__(self, folder: Path, text: str, held_out: str, seed: int, evaluation: Evaluation, tokenizer):
-        self.folder, self.evaluation, self.path = folder, evaluation, folder / f"scores-{seed}.pt"
-        self.text, self.held_out, self.seed = text, held_out, seed
-        settings = {"MODEL": str(demo.TEACHER), "DATASET": text, "SCORES_PATH": str(self.path), "SEED": seed}
+    def __init__(self, folder: Path, seed: int):
+        text = demo.write_text(folder)
+        tokenizer = common.load_tokenizer(common.find_checkpoint(str(demo.TEACHER), None, "MODEL"), "MODEL")
+        self.folder, self.path, self.seed = folder, folder / "scores.pt", seed
+        self.text, self.held_out = text["train"], text["held_out"]
+        self.evaluation = Evaluation(self.held_out, tokenizer)
+        settings = {"MODEL": str(demo.TEACHER), "DATASET": self.text, "SCORES_PATH": str(self.path), "SEED": seed}
         settings |= {"NUM_SAMPLES": 256, "SEQUENCE_LENGTH": 256, "BATCH_SIZE": 16, "DATASET_CONFIG": None}
         demo.configure(importance_analysis, DEVICE="cpu", **settings)
         quietly(importance_analysis.main)
         self.scores = torch.load(self.path, weights_only=True)
-        documents = common.open_text(text, None, "train", "text", shuffle_seed=seed)
-        rows = importance_analysis.calibration_rows(documents, tokenizer, 256, 256, 3072, text)
+        documents = common.open_text(self.text, None, "train", "text", shuffle_seed=seed)
+        rows = importance_analysis.calibration_rows(documents, tokenizer, 256, 256, 3072, self.text)
         self.aggregations = aggregations(rows)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -222,38 +233,42 @@ def print_markdown(title: str, columns: list[str], table: dict[str, list[list[tu
         print(f"| {name} | {' | '.join(texts)} |", flush=True)
 
 
-def main(num_seeds: int) -> None:
+def run_seed(seed: int) -> tuple[list[dict], float]:
+    """The four tables of one seed: row -> (KL, loss) of each column; and the teacher's loss."""
+    torch.set_num_threads(1)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        text = demo.write_text(folder)
-        tokenizer = common.load_tokenizer(common.find_checkpoint(str(demo.TEACHER), None, "MODEL"), "MODEL")
-        evaluation = Evaluation(text["held_out"], tokenizer)
-        widths, layers, averages, distilled = {}, {}, {}, {}
-        for number in range(num_seeds):
-            seed = Seed(folder, text["train"], text["held_out"], number, evaluation, tokenizer)
-            for title, (scores, constants) in seed.width_rows().items():
-                cells = widths.setdefault(title, [[] for _ in AXES])
-                for cell, sizes in zip(cells, AXES.values(), strict=True):
-                    cell.append(seed.prune(scores, **sizes | constants))
-            others = (layers, seed.layer_rows), (averages, seed.average_rows), (distilled, seed.distilled_rows)
-            for table, rows in others:
-                for title, result in rows().items():
-                    table.setdefault(title, [[]])[0].append(result)
-            print(f"seed {number}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-        _, loss = evaluation(demo.TEACHER)
-        print("`uv run benchmarks/zero_shot.py`\n")
-        print(f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}")
-        print(f"{num_seeds} seeds; cells: KL to the teacher ± half its range (loss); the teacher's loss is {loss:.3f}")
-        print_markdown("scores (batch, sequence)", list(AXES), widths)
-        print_markdown("2 of 8 layers dropped by", ["layers"], layers)
-        print_markdown("10 key-value heads averaged to 5", ["heads"], averages)
-        print_markdown(f"after distillation on {demo.TRAIN_TOKENS} tokens", ["all three"], distilled)
-        plain, default = (
-            sum(kl for kl, _ in widths[title][list(AXES).index("all three")]) / num_seeds
-            for title in ("(L2, mean)", "+ both (the default)")
-        )
-        print(f"\nDefault / plain slicing (L2, mean), all three: {default:.3f} / {plain:.3f} = {default / plain:.3f}")
+    with tempfile.TemporaryDirectory() as folder:
+        one, widths = Seed(Path(folder), seed), {}
+        for title, (scores, constants) in one.width_rows().items():
+            widths[title] = [one.prune(scores, **sizes | constants) for sizes in AXES.values()]
+            print(f"seed {seed}: {title} {widths[title]}", file=sys.stderr, flush=True)
+        tables = [widths]
+        for rows in (one.layer_rows, one.average_rows, one.distilled_rows):
+            tables.append({title: [result] for title, result in rows().items()})
+            print(f"seed {seed}: {tables[-1]}", file=sys.stderr, flush=True)
+        print(f"seed {seed}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        return tables, one.evaluation(demo.TEACHER)[1]
+
+
+def main(num_seeds: int) -> None:
+    with get_context("spawn").Pool(num_seeds) as pool:
+        seeds, losses = zip(*pool.map(run_seed, range(num_seeds), chunksize=1), strict=True)
+    tables = [  # row -> column -> (KL, loss) of each seed
+        {title: list(zip(*(table[title] for table in tables), strict=True)) for title in tables[0]}
+        for tables in zip(*seeds, strict=True)
+    ]
+    print("`uv run benchmarks/zero_shot.py`\n")
+    print(f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"{num_seeds} seeds; cells: KL to the teacher ± half its range (loss); the teacher's loss is {losses[0]:.3f}")
+    print_markdown("scores (batch, sequence)", list(AXES), tables[0])
+    print_markdown("2 of 8 layers dropped by", ["layers"], tables[1])
+    print_markdown("10 key-value heads averaged to 5", ["heads"], tables[2])
+    print_markdown(f"after distillation on {demo.TRAIN_TOKENS} tokens", ["all three"], tables[3])
+    plain, default = (
+        sum(kl for kl, _ in tables[0][title][list(AXES).index("all three")]) / num_seeds
+        for title in ("(L2, mean)", "+ both (the default)")
+    )
+    print(f"\nDefault / plain slicing (L2, mean), all three: {default:.3f} / {plain:.3f} = {default / plain:.3f}")
 
 
 if __name__ == "__main__":

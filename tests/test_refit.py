@@ -202,6 +202,56 @@ def test_in_sequence_a_student_that_lost_nothing_stays_as_it_is(family, text, tm
     torch.testing.assert_close(logits_of(load(folder), ids), expected, rtol=1e-3, atol=1e-3)
 
 
+def norm_outputs(folder, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What every norm behind a linear layer gives, (B, T, channels), float64, by layer and name."""
+    model, found = load(folder), {}
+    behind = ["self_attn.q_norm", "self_attn.k_norm"]
+    if hasattr(model.model.layers[0], "post_feedforward_layernorm"):  # not Qwen 3
+        behind += ["post_attention_layernorm", "post_feedforward_layernorm"]
+
+    def keep(module, args, output, name):
+        if output.ndim == 4 and output.shape[2] == rows.shape[1]:  # Gemma 3: (B, heads, T, head_dim)
+            output = output.transpose(1, 2)
+        found[name] = output.flatten(2).double()
+
+    for index, layer in enumerate(model.model.layers):
+        for name in behind:
+            hook = lambda *seen, name=f"{index} {name}": keep(*seen, name)  # noqa: E731
+            layer.get_submodule(name).register_forward_hook(hook)
+    logits_of(model, rows)
+    return found
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("family", ["olmo3", "qwen3", "gemma3_text"])
+def test_norms_in_sequence_have_the_size_of_least_squares(family, rotate, text, tmp_path):
+    """No other factor brings a norm's outputs nearer to the teacher's: their error is orthogonal to them."""
+    source = save_checkpoint(tmp_path / "model", family)
+    scores = analyse(source, text, tmp_path / "scores.pt", **MOMENTS)
+    sizes = {"HIDDEN_SIZE": 36, "INTERMEDIATE_SIZE": 40, "NUM_ATTENTION_HEADS": 4, "NUM_HIDDEN_LAYERS": 3}
+    more = {"PROTECT_FULL_ATTENTION": False, "REFIT_SAMPLES": 12, "ROTATE": rotate}
+    rows = load_file(common.moments_folder(scores) / common.MOMENTS_ROWS)["rows"].long()
+    teacher, width = norm_outputs(source, rows), load(source).config.head_dim
+    channels = lambda heads: (torch.tensor(heads)[:, None] * width + torch.arange(width)).flatten()  # noqa: E731
+    errors = {True: [], False: []}
+    for rescaled in errors:
+        folder = cut(source, scores, tmp_path / str(rescaled), NORM_RESCALE=rescaled, **sizes | more)
+        kept = json.loads((folder / "pare.json").read_text())["kept"]
+        for name, given in norm_outputs(folder, rows).items():
+            index, norm = name.split()
+            wanted = teacher[f"{kept['layers'][int(index)]} {norm}"]
+            if norm.startswith("self_attn"):
+                heads = kept["query_heads" if "q_norm" in norm else "key_value_heads"][int(index)]
+                wanted = wanted[..., channels(heads)]
+            elif kept["directions"]:
+                wanted = wanted @ load_file(folder / kept["directions"])["basis"].T.double()
+            else:
+                wanted = wanted[..., kept["hidden"]]
+            errors[rescaled].append(((wanted - given) * given).sum().abs() / given.square().sum())
+    assert max(errors[True]) < 1e-6
+    assert max(errors[False]) > 1e-2
+
+
 @pytest.mark.parametrize("family", ["olmo3", "llama", "qwen3", "gemma3_text"])
 def test_refitted_on_every_axis_it_loads_strictly_and_runs(family, text, tmp_path):
     source = save_checkpoint(tmp_path / "model", family)
