@@ -421,11 +421,12 @@ def refit_norm(teacher, student, index: int, new: int, linear: str, plan: dict, 
     """Scale the norm behind a linear layer, if any, so that its outputs come nearest to the teacher's.
 
     A norm gives outputs of the teacher's size however little they have to do with the teacher's; least squares shrinks
-    them by as much as they are wrong.
+    them by as much as they are wrong. Averaged keys stay as they are: their mean is smaller than any of them, the norm
+    gives it the size that queries count on.
     """
     family, tensor = teacher.checkpoint.family, plan[f"model.layers.{new}.{linear}.weight"]
     name = family.norm_behind(linear)
-    if name is None:
+    if name is None or tensor.rows.shape[1] > 1:
         return
 
     def normed(side: LayerByLayer, layer: int, batch: int) -> torch.Tensor:

@@ -252,6 +252,20 @@ def test_norms_in_sequence_have_the_size_of_least_squares(family, rotate, text, 
     assert max(errors[False]) > 1e-2
 
 
+def test_in_sequence_averaged_keys_keep_their_size(text, tmp_path):
+    source = save_checkpoint(tmp_path / "model", "olmo2")
+    scores = analyse(source, text, tmp_path / "scores.pt", **MOMENTS)
+    once, twice = (
+        load(cut(source, scores, tmp_path / str(samples), NUM_KEY_VALUE_HEADS=2, REFIT_SAMPLES=samples)).model.layers
+        for samples in (0, 12)
+    )
+    for one, other in zip(once[1:], twice[1:], strict=True):  # the first gets the teacher's inputs
+        one, other = one.self_attn, other.self_attn
+        assert torch.equal(one.k_norm.weight, other.k_norm.weight)
+        assert not torch.equal(one.k_proj.weight, other.k_proj.weight)
+        assert not torch.equal(one.q_norm.weight, other.q_norm.weight)
+
+
 @pytest.mark.parametrize("family", ["olmo3", "llama", "qwen3", "gemma3_text"])
 def test_refitted_on_every_axis_it_loads_strictly_and_runs(family, text, tmp_path):
     source = save_checkpoint(tmp_path / "model", family)
