@@ -4,7 +4,7 @@
 
 Scores the teacher in assets/tiny-olmo3 (3.5M parameters, trained on Python's own documentation and sources), prunes it
 to half of its non-embedding parameters, distils it, and distils a random student of the same shape on the same tokens
-for comparison. Prints one table; writes everything into OUTPUT_DIR. Three to six minutes on two cores.
+for comparison. Prints one table; writes everything into OUTPUT_DIR. Two to six minutes on two cores.
 """
 
 import hashlib
