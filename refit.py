@@ -433,10 +433,10 @@ def refit_norm(teacher, student, index: int, new: int, linear: str, plan: dict, 
         norm, (_, output) = side.base.layers[layer].get_submodule(name), run_to(side, layer, batch, linear)
         return norm(output.unflatten(-1, (-1, len(norm.weight)))).flatten(2).double()  # whole, or head by head
 
-    rows, across, energy = tensor.rows.to(teacher.device), 0, 0
+    rows, across, energy = tensor.rows.flatten().to(teacher.device), 0, 0
     for batch in range(len(teacher.hidden)):
         wanted, given = normed(teacher, index, batch), normed(student, new, batch)
-        wanted = wanted[..., rows].mean(-1) if tensor.mixed is None else wanted @ basis.T
+        wanted = wanted[..., rows] if tensor.mixed is None else wanted @ basis.T
         across, energy = across + (wanted * given).sum(), energy + given.square().sum()
     weight = student.base.layers[new].get_submodule(name).weight
     if energy > 0:

@@ -8,7 +8,7 @@ the nine aggregations of arXiv 2407.14679 Table 11 (batch, then sequence); Pare'
 REFIT and both, and both without each part of the refit. Columns: the sizes of the demo, each axis alone and all
 together, also with 2 of 8 layers dropped by block importance. Then those alone, by each metric, sliced only and with
 the default corrections; key-value heads averaged; and the KL that is left after the demo's distillation, for plain
-slicing and for each part of the refit. The seeds run side by side, on one core each: an hour or two on two cores.
+slicing and for each part of the refit. The seeds run side by side, one thread each: an hour or two on two cores.
 """
 
 import contextlib
@@ -254,8 +254,8 @@ def main(num_seeds: int) -> None:
     with get_context("spawn").Pool(num_seeds) as pool:
         seeds, losses = zip(*pool.map(run_seed, range(num_seeds), chunksize=1), strict=True)
     tables = [  # row -> column -> (KL, loss) of each seed
-        {title: list(zip(*(table[title] for table in tables), strict=True)) for title in tables[0]}
-        for tables in zip(*seeds, strict=True)
+        {title: list(zip(*(table[title] for table in same), strict=True)) for title in same[0]}
+        for same in zip(*seeds, strict=True)
     ]
     print("`uv run benchmarks/zero_shot.py`\n")
     print(f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}")
