@@ -55,7 +55,6 @@ DTYPE: str = "auto"  # auto | bfloat16 | float32; auto is bfloat16 on a GPU
 
 ENOUGH_CORRELATION = 0.95  # between two halves of the samples; below it, more samples would still change the choice
 STRIDE = 16  # mean squares, norm statistics and angles are read at every 16th token, counted back from a row's last
-CACHED_VALUES = 2**18  # float32 values that fit into the cache of one or two CPU cores
 LOSS_TOKENS = 1024  # tokens whose logits exist at once
 
 
@@ -151,8 +150,11 @@ class Hooks:
         self.magnitudes: dict[str, list[torch.Tensor]] = defaultdict(list)  # name -> sums over T, (B, channels) x L
         self.cosines: list[tuple[torch.Tensor, ...]] = []  # of each layer: input · output, |input| and |output|, (B, T)
         self.strided: dict[str, list[torch.Tensor]] = defaultdict(list)  # name -> some tokens, (B, 1 + T', H) x L
-        self.last = None, None  # the layer output just seen, which is the next layer's input, and its L2 norms
-        self.handles, self.buffers = [], {}
+        # of what was just seen, with what was made of it:
+        self.last = None, None  # a layer's output, which is the next layer's input, and its L2 norms
+        self.kept = None, None  # an activation, and some of its tokens
+        self.mask = None, None  # an attention mask, boolean and as the numbers added
+        self.handles, self.tokens = [], {}
         for layer in model.layers:
             modules = dict(layer.named_modules())
             self.before(modules[common.NEURONS_AT], self.add_magnitudes, "mlp")
@@ -164,21 +166,15 @@ class Hooks:
             for name, axis in family.norms.items():
                 if axis is not WHOLE:
                     self.before(modules[name], self.add_strided, f"norm.{name}")
+            self.handles.append(layer.register_forward_pre_hook(self.share_mask, with_kwargs=True))
             self.handles.append(layer.register_forward_hook(self.add_layer))
         self.before(model.norm, self.add_strided, f"norm.{common.FINAL_NORM}")
 
     def sum_of_magnitudes(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the tokens of |x|, float32: (B, T, channels) -> (B, channels)."""
-        if x.device.type != "cpu":
+        if x.is_cuda:
             return torch.linalg.vector_norm(x, 1, dim=1, dtype=torch.float32)
-        # On a CPU moving memory costs more than the arithmetic: a piece and its magnitudes stay in the cache.
-        total = x.new_zeros(x.shape[0], 1, x.shape[2], dtype=torch.float32)
-        for piece in x.split(max(1, CACHED_VALUES // (x.shape[0] * x.shape[2])), dim=1):
-            if piece.shape not in self.buffers:
-                self.buffers[piece.shape] = torch.empty(piece.shape), torch.ones(x.shape[0], 1, piece.shape[1])
-            values, ones = self.buffers[piece.shape]
-            total.baddbmm_(ones, torch.abs(piece.float(), out=values))
-        return total.squeeze(1)
+        return x.abs().sum(1, dtype=torch.float32)  # the norm over a dimension that is not the last is slow on a CPU
 
     def products(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Sum over the channels of x y, float32: (B, T, channels) twice -> (B, T)."""
@@ -187,6 +183,19 @@ class Hooks:
             x, y = (z.reshape(-1, math.gcd(shape.numel(), 64), z.shape[2]) for z in (x, y))
             return torch.bmm(x, y.mT, out_dtype=torch.float32).diagonal(dim1=1, dim2=2).reshape(shape)
         return (x.float() * y).sum(2)
+
+    def share_mask(self, layer, inputs, kwargs):
+        """Give the layer its boolean mask as the numbers that attention adds, made once a batch.
+
+        Else attention makes them in each layer, for every row.
+        """
+        mask = kwargs.get("attention_mask")
+        if mask is None or mask.dtype != torch.bool or mask.stride(0) != 0:  # stride 0: all rows have the same
+            return None
+        if self.mask[0] is not mask:
+            added = torch.zeros_like(mask[:1], dtype=inputs[0].dtype).masked_fill_(~mask[:1], -math.inf)
+            self.mask = mask, added
+        return inputs, kwargs | {"attention_mask": self.mask[1]}
 
     def before(self, module, add: Callable, *args) -> None:
         self.handles.append(module.register_forward_pre_hook(lambda module, inputs: add(inputs[0], *args)))
@@ -201,10 +210,12 @@ class Hooks:
     def add_strided(self, x: torch.Tensor, name: str) -> None:
         """Keep the first and every STRIDE-th token of (B, T, channels), counted back from the last."""
         length, device = x.shape[1], x.device
-        if (length, device) not in self.buffers:
+        if (length, device) not in self.tokens:
             tokens = [0, *range((length - 1) % STRIDE, length, STRIDE)]
-            self.buffers[length, device] = torch.tensor(tokens, device=device)
-        self.strided[name].append(x.index_select(1, self.buffers[length, device]))
+            self.tokens[length, device] = torch.tensor(tokens, device=device)
+        if self.kept[0] is not x:
+            self.kept = x, x.index_select(1, self.tokens[length, device])
+        self.strided[name].append(self.kept[1])
 
     def add_layer(self, layer, inputs, output) -> None:
         """What block importance needs: 1 - cosine of input and output, mean over tokens (arXiv 2403.03853 eq. 1)."""
@@ -230,19 +241,20 @@ class Hooks:
         distances = angular_distances(stream)
         values["angle_last"], values["angle_mean"] = distances[:, -1].flatten(1), distances.mean(1).flatten(1)
         for name, layers in self.strided.items():
-            squares = torch.stack([x.to(device) for x in layers], dim=1).float().square()  # (B, L, 1 + T', channels)
+            squares = torch.stack([x.to(device) for x in layers], dim=1).float().square_()  # (B, L, 1 + T', channels)
             first, squares = squares[:, :, 0], squares[:, :, 1:]
             if name.startswith("norm."):
                 # Relative to its own token: the few tokens of enormous activations count as one each. A sub-layer may
                 # give only zeros.
-                means = (squares / squares.mean(dim=3, keepdim=True).clamp(min=1e-30)).mean(dim=2)
+                means = squares.div_(squares.mean(dim=3, keepdim=True).clamp(min=1e-30)).mean(dim=2)
             else:  # the first token, on which attention rests what it does not need, is enormous in a few channels
                 means = squares.mean(dim=2).lerp(first, 1 / length)
             values[name] = means.flatten(1)  # (B, L · channels)
         self.sums.add(values, half)
         self.magnitudes.clear()
         self.strided.clear()
-        self.cosines, self.last = [], (None, None)
+        self.cosines.clear()
+        self.last = self.kept = self.mask = None, None
 
     def remove(self) -> None:
         for handle in self.handles:

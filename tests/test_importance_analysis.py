@@ -205,6 +205,37 @@ def test_batch_size_does_not_change_the_scores(family, checkpoints, text, tmp_pa
     assert_same_scores(one, eight, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("family", ["olmo3", "mistral", "qwen2", "gemma3_text"])
+def test_layers_share_one_mask_and_give_what_they_gave(family, checkpoints, tmp_path):
+    model = load(checkpoints[family]).base_model
+    rows = torch.arange(80).view(2, 40) % 60
+    seen = []
+
+    def look(layer, inputs, kwargs):
+        seen.append(kwargs.get("attention_mask"))
+
+    def hidden_states():
+        handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in model.layers]
+        with torch.inference_mode():
+            states = model(input_ids=rows, use_cache=False).last_hidden_state
+        for handle in handles:
+            handle.remove()
+        masks = [mask for mask in seen if mask is not None]
+        seen.clear()
+        return states, masks
+
+    bare, masks = hidden_states()
+    assert {mask.dtype for mask in masks} == {torch.bool}  # else there is nothing to share
+    sums = importance_analysis.Sums(tmp_path / "none.safetensors", "", 300)
+    hooks = importance_analysis.Hooks(model, common.FAMILIES[family], sums)
+    hooked, masks = hidden_states()
+    hooks.remove()
+    assert torch.equal(hooked, bare)
+    assert {id(mask) for mask in masks} == {id(masks[0])}
+    assert masks[0].dtype == torch.float32
+    assert masks[0].shape == (1, 1, 40, 40)
+
+
 def assert_same_scores(a: dict, b: dict, **tolerance) -> None:
     """Every key but `meta` and the hash over it all. Angles near 0 are the arc cosine near 1: float32 leaves 1e-6."""
     assert a.keys() == b.keys() >= {*WIDTHS, "layer", "angular_distance", "angular_distance_mean", "norms", "meta"}
