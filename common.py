@@ -1,4 +1,4 @@
-"""What Pare's scripts share: constants, checkpoints, the table of model families, text, and safe writing.
+"""What Pare's scripts share: constants, checkpoints, the table of model families, and safe writing.
 
 Nothing here is a setting, and importing it does nothing. Shapes: T tokens of a row, L layers.
 """
@@ -7,11 +7,9 @@ import ast
 import copy
 import difflib
 import fcntl
-import glob
 import hashlib
 import importlib.util
 import inspect
-import itertools
 import json
 import math
 import os
@@ -33,7 +31,7 @@ import accelerate
 import numpy as np
 import torch
 import transformers
-from huggingface_hub.errors import HTTPError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
@@ -787,133 +785,6 @@ def copy_companions(source: Path, target: Path) -> None:
         weights = path.name in {"config.json", "pare.json"} or path.name.endswith(".index.json")
         if path.is_file() and text_file and not weights:
             shutil.copyfile(path, target / path.name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text: a stream of documents, and rows of tokens packed from it
-
-TEXT_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-
-
-def open_text(
-    dataset: str,
-    config: str | None,
-    split: str,
-    column: str,
-    shuffle_seed: int | None = None,
-    constant: str = "DATASET",
-) -> Iterator[str]:
-    """Stream the documents of a dataset: a Hub id, a .jsonl, .json, .parquet or .txt file (one file, one document),
-    a folder of those, or a dataset saved to disk.
-
-    With `shuffle_seed` they come in an order that the seed fixes. Checked before anything is yielded: the dataset is
-    there, has the split and the column, and is not empty; PareError otherwise, naming `constant`.
-    """
-    splits = open_splits(dataset, config, constant)
-    what = f"{constant} = {dataset!r}"
-    if split not in splits:
-        raise PareError(f"DATASET_SPLIT = {split!r}: {what} has the splits {', '.join(map(repr, splits))}.")
-    rows = splits[split]
-    if shuffle_seed is not None:
-        # In memory: a dataset saved to disk would get a cache file in its own folder.
-        streaming = not hasattr(rows, "__len__")
-        rows = rows.shuffle(seed=shuffle_seed, **({"buffer_size": 10_000} if streaming else {"keep_in_memory": True}))
-    documents = read_column(rows, column, what)
-    first = next(documents, None)
-    if first is None:
-        raise PareError(f"{what} is empty.")
-
-    return itertools.chain([first], documents)
-
-
-def read_column(rows: Iterable[dict], column: str, what: str) -> Iterator[str]:
-    from datasets.exceptions import DatasetsError
-
-    try:
-        for row in rows:
-            if column not in row:
-                raise PareError(f"TEXT_COLUMN = {column!r}: {what} has the columns {', '.join(map(repr, row))}.")
-            text = row[column]
-            if not isinstance(text, str):
-                raise PareError(f"TEXT_COLUMN = {column!r} of {what} holds {type(text).__name__}, not text.")
-            if text:
-                yield text
-    except PareError:
-        raise
-    except (ValueError, OSError, HTTPError, DatasetsError) as error:
-        raise PareError(f"{what} cannot be read: {first_line(error)}") from None
-
-
-def open_splits(dataset: str, config: str | None, constant: str) -> dict:
-    """The splits of a dataset by name, each an iterable of rows. Local files are one split, `train`."""
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    what = f"{constant} = {dataset!r}"
-    path = user_path(constant, dataset)
-    saved = ("dataset_dict.json", "dataset_info.json", "state.json")
-    try:
-        if path.is_dir() and any((path / name).is_file() for name in saved):
-            found = datasets.load_from_disk(str(path))
-            return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
-        if path.exists():
-            files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in TEXT_FORMATS)
-            formats = {TEXT_FORMATS.get(file.suffix) for file in files}
-            if len(formats) != 1 or None in formats:
-                found = ", ".join(sorted({file.suffix for file in files})) or "none of them"
-                raise PareError(
-                    f"{what} must be, or hold, files of one kind: {', '.join(TEXT_FORMATS)}; found {found}."
-                )
-            if not any(file.stat().st_size for file in files):
-                raise PareError(f"{what} is empty.")
-            options = {"sample_by": "document"} if formats == {"text"} else {}
-            names = [glob.escape(str(file)) for file in files]
-            return dict(datasets.load_dataset(formats.pop(), data_files={"train": names}, streaming=True, **options))
-        if dataset.startswith((".", "/", "~")) or path.suffix in TEXT_FORMATS or dataset.count("/") > 1 or not dataset:
-            raise PareError(f"{what} does not exist. Give a file, a folder or a Hub id.")
-        return dict(datasets.load_dataset(dataset, config, streaming=True))
-    except PareError:
-        raise
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise PareError(f"{what} is neither a file here nor a dataset on the Hub ({first_line(error)}).") from None
-    except ConnectionError as error:
-        raise PareError(
-            f"{what} is not a file here, and the Hub could not be reached ({first_line(error)}).\n"
-            "A local .jsonl, .parquet or .txt file works too, and `uv run demo.py` needs no network."
-        ) from None
-    except (ValueError, OSError, RuntimeError, HTTPError, DatasetsError) as error:
-        raise PareError(f"{what} with DATASET_CONFIG = {config!r} cannot be opened: {first_line(error)}") from None
-
-
-def pack_rows(
-    documents: Iterable[str], tokenizer, length: int, vocab_size: int, read_ahead: int = 64
-) -> Iterator[tuple]:
-    """Documents, each ended with the end-of-text token, joined and cut into full rows of `length` tokens.
-
-    Yields (input_ids, position_ids), both of `length` whole numbers. Positions restart at every document, and at the
-    start of a row, where what went before is out of sight. The unfinished last row is dropped. `read_ahead` documents
-    are taken at a time: a fast tokenizer works on them in parallel.
-    """
-    eos = tokenizer.eos_token_id
-    documents, ids, positions, number = iter(documents), [], [], 0
-    while batch := list(itertools.islice(documents, read_ahead)):
-        for new in tokenizer(batch, verbose=False)["input_ids"]:
-            number += 1
-            if not new or new[-1] != eos:
-                new = [*new, eos]
-            if max(new) >= vocab_size:
-                raise PareError(
-                    f"DATASET: document {number} holds token {max(new)}, but the model's vocabulary ends at "
-                    f"{vocab_size - 1}: the tokenizer beside the model is of another one. Download the model again."
-                )
-            taken = 0
-            while len(ids) + len(new) - taken >= length:
-                piece = new[taken : taken + length - len(ids)]
-                yield ids + piece, positions + list(range(len(piece)))
-                taken += len(piece)
-                ids, positions = [], []
-            ids += new[taken:]
-            positions += range(len(new) - taken)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,17 +9,13 @@ student's weights and the optimizer's state are float32.
 Shapes: B batch, T tokens, H hidden, V vocabulary, N counted tokens.
 """
 
-import functools
-import hashlib
 import importlib
 import importlib.util
-import itertools
 import json
 import math
 import shutil
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import common
+import data
+import losses
 from common import PareError
+from data import Batch, fetch
 
 TEACHER: str = "allenai/Olmo-3-7B-Instruct"  # Hub id or local folder
 REVISION: str | None = None  # commit, tag or branch of the teacher's Hub id
@@ -62,87 +61,7 @@ MAY_CHANGE_ON_RESUME = {"OUTPUT_DIR", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOI
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loss
-
-
-def project(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """hidden (N, H) @ weight (V, H)ᵀ, multiplied in their own dtype and returned in `dtype` without a rounding between.
-
-    Where the device cannot do that (CPU), the operands are converted first.
-    """
-    if hidden.dtype == dtype:
-        return hidden @ weight.T
-    if hidden.device.type == "cuda":
-        return torch.mm(hidden, weight.T, out_dtype=dtype)
-    return hidden.to(dtype) @ weight.T.to(dtype)
-
-
-def chunk_rows(chunk_bytes: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Tokens per chunk: about four arrays (rows, V) are alive at once."""
-    return max(1, chunk_bytes // (4 * vocab_size * dtype.itemsize))
-
-
-class ForwardKL(torch.autograd.Function):
-    """T²/M · Σ KL(teacher ‖ student) of next-token distributions at temperature T, from hidden states and LM heads.
-
-    Logits exist for a chunk of tokens at a time; the gradients of the student's hidden states and head are computed
-    in the same pass: with p, q the student's and teacher's probabilities, dL/dlogits = T/M · (p − q).
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, temperature, denominator, chunk_bytes):
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        compute_weight, teacher_weight = weight.to(hidden.dtype), teacher_weight.to(teacher_hidden.dtype)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
-        loss = torch.zeros((), dtype=dtype, device=hidden.device)
-        rows = chunk_rows(chunk_bytes, len(weight), dtype)
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
-            q_log = torch.log_softmax(project(teacher_hidden[chunk], teacher_weight, dtype).div_(temperature), dim=-1)
-            p_log = torch.log_softmax(project(hidden[chunk], compute_weight, dtype).div_(temperature), dim=-1)
-            q = q_log.exp()
-            loss += torch.sum(q * q_log.sub_(p_log))
-            grad = p_log.exp_().sub_(q).mul_(temperature / denominator).to(hidden.dtype)  # (rows, V), of the logits
-            grad_hidden[chunk] = grad @ compute_weight
-            if grad_weight is not None:
-                grad_weight += project(grad.T, hidden[chunk].T, dtype)
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return loss * (temperature**2 / denominator)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_weight is not None:
-            grad_weight.mul_(grad_output)  # in place: it is as large as the head
-        return grad_hidden * grad_output.to(grad_hidden.dtype), grad_weight, None, None, None, None, None
-
-
-def forward_kl(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    teacher_weight: torch.Tensor,
-    *,
-    denominator: float,
-    temperature: float = 1.0,
-    chunk_bytes: int = 2**29,
-) -> torch.Tensor:
-    """The distillation loss of counted tokens.
-
-    hidden (N, H), weight (V, H), teacher_hidden (N, H_t), teacher_weight (V, H_t); `denominator` is the number of
-    counted tokens of the whole optimizer step. Returns a scalar, float32 or better. (arXiv 2407.14679 §3.)
-    """
-    assert hidden.shape[0] == teacher_hidden.shape[0], (hidden.shape, teacher_hidden.shape)
-    assert weight.shape[0] == teacher_weight.shape[0], (weight.shape, teacher_weight.shape)
-    return ForwardKL.apply(hidden, weight, teacher_hidden, teacher_weight, temperature, denominator, chunk_bytes)
-
-
-def counted(position_ids: torch.Tensor) -> torch.Tensor:
-    """(B, T) bool: True where the next token is in the same document of the same row."""
-    mask = torch.zeros_like(position_ids, dtype=torch.bool)
-    mask[:, :-1] = position_ids[:, 1:] == position_ids[:, :-1] + 1
-    return mask
+# States, loss and evaluation
 
 
 def hidden_states(model, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -181,15 +100,15 @@ def evaluate(student, teacher, rows, settings) -> dict:
         states, targets = student_states(student, batch, settings), teacher_states(teacher, batch)
         weight = student.get_output_embeddings().weight.to(states.dtype)
         teacher_weight = teacher.get_output_embeddings().weight
-        step = chunk_rows(settings.loss_chunk_bytes, len(weight), torch.float32)
+        step = losses.chunk_rows(settings.loss_chunk_bytes, len(weight), torch.float32)
         for first in range(0, len(labels), step):
             chunk = slice(first, first + step)
-            q_log = torch.log_softmax(project(targets[chunk], teacher_weight, torch.float32), dim=-1)
-            p_log = torch.log_softmax(project(states[chunk], weight, torch.float32), dim=-1)
+            q_log = torch.log_softmax(losses.project(targets[chunk], teacher_weight, torch.float32), dim=-1)
+            p_log = torch.log_softmax(losses.project(states[chunk], weight, torch.float32), dim=-1)
             agree = (p_log.argmax(-1) == q_log.argmax(-1)).sum()
-            losses = [-log.gather(1, labels[chunk, None]).sum() for log in (p_log, q_log)]
+            nll = [-log.gather(1, labels[chunk, None]).sum() for log in (p_log, q_log)]
             kl = torch.sum(q_log.exp() * q_log.sub_(p_log))
-            sums += torch.stack([kl, *losses, agree]).cpu().double()
+            sums += torch.stack([kl, *nll, agree]).cpu().double()
         num_tokens += len(labels)
     student.train()
     kl, loss, teacher_loss, agreement = (sums / num_tokens).tolist()
@@ -203,124 +122,11 @@ def evaluate(student, teacher, rows, settings) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The data: packed rows on disk, and row i of the run as a function of the seed
-
-
-def pack_to_disk(path: Path, num_rows: int, description: str, rows) -> int:
-    """Write at most `num_rows` packed rows to an Arrow file; return how many there were."""
-    from datasets import Features, List, Value
-    from datasets.arrow_writer import ArrowWriter
-
-    features = Features({"input_ids": List(Value("int32")), "position_ids": List(Value("int32"))})
-    progress = common.Progress(num_rows, "rows", description)
-    count = 0
-    with ArrowWriter(path=str(path), features=features) as writer:
-        for input_ids, position_ids in itertools.islice(rows, num_rows):
-            writer.write({"input_ids": input_ids, "position_ids": position_ids})
-            progress.update(1)
-            count += 1
-        if count:
-            writer.finalize()
-    progress.close()
-    return count
-
-
-def file_state(dataset: str) -> list:
-    """Names, sizes and times of a local dataset's files: tells whether it changed. Empty for a Hub id."""
-    path = Path(dataset).expanduser()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def prepare_data(folder: Path, teacher: common.Checkpoint, settings) -> tuple:
-    """Held-out and training rows as memory-mapped datasets, packed once and reused while nothing changed, and the
-    hashes of their files.
-
-    The held-out part is the text of EVAL_DATASET, or the first documents of DATASET, which then are not trained on.
-    """
-    import datasets
-
-    tokenizer = common.load_tokenizer(teacher, "TEACHER")
-    key = {
-        "tokenizer": hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
-        "files": [file_state(name) for name in (settings.dataset, settings.eval_dataset) if name],
-        **{name: getattr(settings, name) for name in ("dataset", "dataset_config", "dataset_split", "text_column")},
-        **{name: getattr(settings, name) for name in ("eval_dataset", "sequence_length", "eval_tokens", "seed")},
-        "train_rows": settings.num_steps * settings.rows_per_step,
-    }
-    record = folder / "pare.json"
-    paths = {part: folder / f"{part}.arrow" for part in ("held_out", "train")}
-    there = record.is_file() and all(path.is_file() for path in paths.values())
-    if not there or json.loads(record.read_text())["key"] != key:
-        length, vocab_size = settings.sequence_length, teacher.config.vocab_size
-
-        def text(name, constant, seed=None):
-            columns = settings.dataset_config, settings.dataset_split, settings.text_column
-            return common.open_text(name, *columns, shuffle_seed=seed, constant=constant)
-
-        documents = text(settings.dataset, "DATASET", settings.seed)
-        held_out, source = documents, "DATASET"
-        if settings.eval_dataset is not None:
-            held_out, source = text(settings.eval_dataset, "EVAL_DATASET"), "EVAL_DATASET"
-        parts = {  # held-out text is read one document at a time: what is read ahead is lost to training
-            "held_out": (source, max(1, settings.eval_tokens // length), held_out, 1),
-            "train": ("DATASET", key["train_rows"], documents, 64),
-        }
-        with common.new_folder(folder, "distill.py") as temporary:
-            for part, (constant, num_rows, part_documents, read_ahead) in parts.items():
-                rows = common.pack_rows(part_documents, tokenizer, length, vocab_size, read_ahead)
-                if not pack_to_disk(temporary / f"{part}.arrow", num_rows, f"packing {part} text", rows):
-                    raise PareError(
-                        f"{constant} = {getattr(settings, constant.lower())!r} has too little text for one {part} row "
-                        f"of SEQUENCE_LENGTH = {length}. Give it more text, or lower SEQUENCE_LENGTH or EVAL_TOKENS."
-                    )
-            common.write_json(temporary / "pare.json", {"script": "distill.py", "key": key})
-    rows = [datasets.Dataset.from_file(str(path)).with_format("numpy") for path in paths.values()]
-    return *rows, {part: sha256_of(path) for part, path in paths.items()}
-
-
-def row_indices(step: int, rows_per_step: int, num_rows: int, seed: int) -> list[int]:
-    """The training rows of a step: a pure function of the seed. Each pass over the rows has an order of its own."""
-    indices = []
-    for i in range(step * rows_per_step, (step + 1) * rows_per_step):
-        epoch, place = divmod(i, num_rows)
-        indices.append(epoch_order(epoch, num_rows, seed)[place])
-    return indices
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(epoch: int, num_rows: int, seed: int) -> list[int]:
-    """A permutation of the rows, fixed by the seed and the epoch."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(num_rows, generator=generator).tolist()
-
-
-@dataclass(frozen=True)
-class Batch:
-    input_ids: torch.Tensor  # (B, T) int64
-    position_ids: torch.Tensor  # (B, T) int64
-    counted: torch.Tensor  # (N,) int64: where the counted tokens are among the B·T
-
-
-def fetch(rows, indices, device: torch.device) -> Batch:
-    """Some rows on the device. What counts is found before the transfer, so that nobody waits for the device."""
-    columns = rows[list(indices)]
-    input_ids, position_ids = (torch.as_tensor(columns[name]).long() for name in ("input_ids", "position_ids"))
-    where = counted(position_ids).flatten().nonzero().squeeze(1)
-    return Batch(*(tensor.to(device) for tensor in (input_ids, position_ids, where)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: verified folders
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_manifest(folder: Path) -> None:
-    files = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(folder.iterdir())}
+    files = {path.name: [path.stat().st_size, common.hash_file(path)] for path in sorted(folder.iterdir())}
     common.write_json(folder / "MANIFEST.json", files)
 
 
@@ -328,7 +134,9 @@ def verifies(folder: Path) -> bool:
     """True where every file is there with the size and hash of the manifest."""
     try:
         files = json.loads((folder / "MANIFEST.json").read_text())
-        return all((folder / n).stat().st_size == size and sha256_of(folder / n) == h for n, (size, h) in files.items())
+        return all(
+            (folder / n).stat().st_size == size and common.hash_file(folder / n) == h for n, (size, h) in files.items()
+        )
     except (OSError, ValueError):
         return False
 
@@ -448,7 +256,7 @@ def build_optimizer(student, settings) -> torch.optim.Optimizer:
 
 def train_step(student, teacher, rows, optimizer, step: int, settings) -> tuple[float, float]:
     """One optimizer step; returns loss and gradient norm. One denominator: the counted tokens of the whole step."""
-    indices = row_indices(step, settings.rows_per_step, len(rows), settings.seed)
+    indices = data.row_indices(step, settings.rows_per_step, len(rows), settings.seed)
     batches = [
         fetch(rows, indices[start : start + settings.micro_batch_size], settings.device)
         for start in range(0, len(indices), settings.micro_batch_size)
@@ -456,7 +264,7 @@ def train_step(student, teacher, rows, optimizer, step: int, settings) -> tuple[
     denominator = max(1, sum(len(batch.counted) for batch in batches))
     total = torch.zeros((), device=settings.device)
     for batch in batches:
-        loss = forward_kl(
+        loss = losses.forward_kl(
             student_states(student, batch, settings),
             student.get_output_embeddings().weight,
             teacher_states(teacher, batch),
@@ -747,7 +555,7 @@ def main() -> Path:
     latest = open_output(output, record)
 
     torch.manual_seed(SEED)
-    held_out, rows, record["data"] = prepare_data(output / "data", teacher_checkpoint, settings)
+    held_out, rows, record["data"] = data.prepare_data(output / "data", teacher_checkpoint, settings)
     if latest:
         check_same_text(latest, record)
     teacher, student = load_pair(teacher_checkpoint, student_checkpoint, settings)

@@ -32,6 +32,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import common
+import data
 from common import HIDDEN, WHOLE, PareError
 
 MODEL: str = "allenai/Olmo-3-7B-Instruct"  # the teacher: Hub id or local folder
@@ -642,7 +643,7 @@ def hash_rows(rows: torch.Tensor) -> str:
 def calibration_rows(documents, tokenizer, num_samples: int, length: int, vocab_size: int, what: str) -> torch.Tensor:
     """(num_samples, T) token ids: documents joined with the end-of-text token and cut into rows."""
     rows = []
-    for input_ids, _ in common.pack_rows(documents, tokenizer, length, vocab_size):
+    for input_ids, _ in data.pack_rows(documents, tokenizer, length, vocab_size):
         rows.append(input_ids)
         if len(rows) == num_samples:
             return torch.tensor(rows)
@@ -859,7 +860,7 @@ def analyse(script, scores_path: Path, rank: int) -> Path:
     common.check_outside(scores_path, checkpoint.folder, "SCORES_PATH")
     config = checkpoint.config
     tokenizer = common.load_tokenizer(checkpoint, "MODEL")
-    documents = common.open_text(DATASET, DATASET_CONFIG, DATASET_SPLIT, TEXT_COLUMN, shuffle_seed=SEED)
+    documents = data.open_text(DATASET, DATASET_CONFIG, DATASET_SPLIT, TEXT_COLUMN, shuffle_seed=SEED)
     what = f"DATASET = {DATASET!r}"
     rows = calibration_rows(documents, tokenizer, NUM_SAMPLES, SEQUENCE_LENGTH, config.vocab_size, what)
     dataset = {"name": DATASET, "fingerprint": hash_rows(rows)}

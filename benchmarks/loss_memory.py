@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill
+import losses
 
 VOCAB_SIZE, HIDDEN_SIZE = 100_278, 64
 TOKENS = (512, 1024, 2048, 4096)
@@ -33,7 +34,7 @@ def naive(hidden, weight, teacher_hidden, teacher_weight):
 
 
 def chunked(*inputs):
-    return distill.forward_kl(*inputs, denominator=len(inputs[0]), chunk_bytes=distill.LOSS_CHUNK_BYTES)
+    return losses.forward_kl(*inputs, denominator=len(inputs[0]), chunk_bytes=distill.LOSS_CHUNK_BYTES)
 
 
 def resident_bytes() -> int:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
+import data  # noqa: E402
 import demo  # noqa: E402
 import distill  # noqa: E402
 import importance_analysis  # noqa: E402
@@ -77,8 +78,8 @@ class Evaluation:
     """KL(teacher || student) and loss in nats per token on held-out rows."""
 
     def __init__(self, text: str, tokenizer):
-        documents = common.open_text(text, None, "train", "text")
-        rows = torch.tensor([ids for ids, _ in common.pack_rows(documents, tokenizer, 256, 3072)])
+        documents = data.open_text(text, None, "train", "text")
+        rows = torch.tensor([ids for ids, _ in data.pack_rows(documents, tokenizer, 256, 3072)])
         self.rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:64]]
         self.teacher = self.log_probs(demo.TEACHER)
 
@@ -150,7 +151,7 @@ class Seed:
         demo.configure(importance_analysis, DEVICE="cpu", **settings)
         quietly(importance_analysis.main)
         self.scores = torch.load(self.path, weights_only=True)
-        documents = common.open_text(self.text, None, "train", "text", shuffle_seed=seed)
+        documents = data.open_text(self.text, None, "train", "text", shuffle_seed=seed)
         rows = importance_analysis.calibration_rows(documents, tokenizer, 256, 256, 3072, self.text)
         self.aggregations = aggregations(rows)
         self.generator = torch.Generator().manual_seed(seed)

@@ -22,6 +22,7 @@ from conftest import DOCUMENTS, KEEP_ALL, ROOT, analyse, build_tokenizer, config
 from safetensors.torch import load_file, save_file
 
 import common
+import data
 import distill
 import importance_analysis
 import prune
@@ -466,7 +467,7 @@ def test_student_and_teacher_with_different_vocabularies(refused, text, tmp_path
 
 def test_a_tokenizer_that_does_not_belong_to_the_model():
     with pytest.raises(PareError, match=r"DATASET: document 1 holds token \d+, .*vocabulary ends at 99"):
-        list(common.pack_rows(DOCUMENTS, build_tokenizer(), 32, 100))
+        list(data.pack_rows(DOCUMENTS, build_tokenizer(), 32, 100))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,12 +519,12 @@ def test_a_dataset_on_the_hub_without_network(refused, monkeypatch):
 def test_every_kind_of_local_dataset_is_read(kind, text, tmp_path):
     import datasets
 
-    data = datasets.Dataset.from_dict({"text": DOCUMENTS[:5]})
+    rows = datasets.Dataset.from_dict({"text": DOCUMENTS[:5]})
     path, split = tmp_path / f"data.{kind}", "train"
     if kind == "json":
-        data.to_json(path)
+        rows.to_json(path)
     elif kind == "parquet":
-        data.to_parquet(path)
+        rows.to_parquet(path)
     elif kind == "txt":
         path.write_text("\n\n".join(DOCUMENTS[:5]))
     elif kind == "folder":
@@ -531,18 +532,18 @@ def test_every_kind_of_local_dataset_is_read(kind, text, tmp_path):
         for i, document in enumerate(DOCUMENTS[:5]):
             (path / "deep" / f"{i}.txt").write_text(document)
     elif kind == "saved":
-        data.save_to_disk(path)
+        rows.save_to_disk(path)
     else:
         split = "test"
-        datasets.DatasetDict({"test": data}).save_to_disk(path)
+        datasets.DatasetDict({"test": rows}).save_to_disk(path)
     expected = ["\n\n".join(DOCUMENTS[:5])] if kind == "txt" else DOCUMENTS[:5]
-    assert list(common.open_text(str(path), None, split, "text")) == expected
-    shuffled = [list(common.open_text(str(path), None, split, "text", shuffle_seed=3)) for _ in range(2)]
+    assert list(data.open_text(str(path), None, split, "text")) == expected
+    shuffled = [list(data.open_text(str(path), None, split, "text", shuffle_seed=3)) for _ in range(2)]
     assert shuffled[0] == shuffled[1]
     assert sorted(shuffled[0]) == sorted(expected)
     if kind == "parquet":  # five seconds for every shuffled reading
         return
-    orders = {tuple(common.open_text(str(path), None, split, "text", shuffle_seed=seed)) for seed in range(8)}
+    orders = {tuple(data.open_text(str(path), None, split, "text", shuffle_seed=seed)) for seed in range(8)}
     assert len(orders) > 1 or len(expected) == 1
     if kind.startswith("saved"):
         assert not list(path.rglob("cache-*"))  # nothing is written into the user's folder
@@ -1057,7 +1058,7 @@ def test_names_with_brackets_are_no_patterns(checkpoints, text, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": words}))
     for name, words in (("a[1].jsonl", "right"), ("d [v2]", "star"), ("d [v2]/t*.jsonl", "star")):
-        assert list(common.open_text(str(tmp_path / name), None, "train", "text")) == [words]
+        assert list(data.open_text(str(tmp_path / name), None, "train", "text")) == [words]
     other = tmp_path / ".s1.partial-0-of-1.safetensors"
     other.write_text("of another run")
     analyse(checkpoints["llama"], text, tmp_path / "s[1].pt", SAVE_MINUTES=0.0)

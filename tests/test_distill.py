@@ -27,7 +27,9 @@ from conftest import (
 from safetensors.torch import load_file
 
 import common
+import data
 import distill
+import losses
 from common import PareError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,8 +74,8 @@ def test_chunked_loss_and_gradients_equal_float64(rows_per_chunk, temperature):
     expected.backward()
     leaves = [tensor.float().requires_grad_() for tensor in (hidden, weight)]
     chunk_bytes = rows_per_chunk * 4 * V * 4
-    assert distill.chunk_rows(chunk_bytes, V, torch.float32) == rows_per_chunk
-    loss = distill.forward_kl(
+    assert losses.chunk_rows(chunk_bytes, V, torch.float32) == rows_per_chunk
+    loss = losses.forward_kl(
         *leaves,
         teacher_hidden.float(),
         teacher_weight.float(),
@@ -96,7 +98,7 @@ def test_masked_tokens_have_no_part_in_loss_or_gradient(counted):
     naive_kl(reference[0][mask], reference[1], teacher_hidden[mask], teacher_weight, 1.0, counted).backward()
     leaves = [tensor.float().requires_grad_() for tensor in (hidden, weight)]
     teacher = teacher_hidden.float()[mask], teacher_weight.float()
-    distill.forward_kl(leaves[0][mask], leaves[1], *teacher, denominator=counted, chunk_bytes=4000).backward()
+    losses.forward_kl(leaves[0][mask], leaves[1], *teacher, denominator=counted, chunk_bytes=4000).backward()
     assert leaves[0].grad[~mask].abs().max() == 0
     for leaf, exact in zip(leaves, reference, strict=True):
         assert relative_error(leaf.grad, exact.grad) < 1e-5
@@ -109,7 +111,7 @@ def test_gradients_are_exact_with_the_student_close_to_the_teacher(closeness):
     reference = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
     naive_kl(*reference, teacher_hidden, teacher_weight, 1.0, N).backward()
     leaves = [tensor.float().requires_grad_() for tensor in (hidden, weight)]
-    loss = distill.forward_kl(*leaves, teacher_hidden.float(), teacher_weight.float(), denominator=N)
+    loss = losses.forward_kl(*leaves, teacher_hidden.float(), teacher_weight.float(), denominator=N)
     loss.backward()
     assert loss.item() >= 0
     for leaf, exact in zip(leaves, reference, strict=True):
@@ -119,14 +121,14 @@ def test_gradients_are_exact_with_the_student_close_to_the_teacher(closeness):
 def test_frozen_head_gets_no_gradient():
     hidden, weight, teacher_hidden, teacher_weight = (tensor.float() for tensor in loss_inputs())
     hidden.requires_grad_()
-    distill.forward_kl(hidden, weight, teacher_hidden, teacher_weight, denominator=N).backward()
+    losses.forward_kl(hidden, weight, teacher_hidden, teacher_weight, denominator=N).backward()
     assert weight.grad is None
     assert hidden.grad is not None
 
 
 def test_no_counted_token_gives_zero():
     hidden, weight, teacher_hidden, teacher_weight = (tensor.float() for tensor in loss_inputs(num_tokens=0))
-    loss = distill.forward_kl(hidden.requires_grad_(), weight, teacher_hidden, teacher_weight, denominator=1)
+    loss = losses.forward_kl(hidden.requires_grad_(), weight, teacher_hidden, teacher_weight, denominator=1)
     loss.backward()
     assert loss.item() == 0
 
@@ -140,9 +142,9 @@ def test_a_training_step_equals_full_float64_logits_in_any_split(tied, pair, tex
         random_model(CONFIGS["olmo3"](vocab_size=300), seed=1),
         random_model(CONFIGS["olmo3"](**shape), 2),
     )
-    rows = list(itertools.islice(common.pack_rows(DOCUMENTS, build_tokenizer(), 32, 300), 4))
+    rows = list(itertools.islice(data.pack_rows(DOCUMENTS, build_tokenizer(), 32, 300), 4))
     input_ids, position_ids = (torch.tensor([row[i] for row in rows]) for i in (0, 1))
-    mask = distill.counted(position_ids)
+    mask = data.counted(position_ids)
     assert len({int(row.sum()) for row in mask}) > 1
     options = {"position_ids": position_ids, "use_cache": False}
     logits = student(input_ids, **options).logits[mask].double() / 2
@@ -200,7 +202,7 @@ def test_norms_and_biases_are_not_decayed_and_the_rate_is_a_warmed_cosine(pair, 
 
 def test_rows_hold_every_token_and_positions_restart():
     tokenizer = build_tokenizer()
-    rows = list(common.pack_rows(DOCUMENTS, tokenizer, 50, 300))
+    rows = list(data.pack_rows(DOCUMENTS, tokenizer, 50, 300))
     stream = [token for document in DOCUMENTS for token in [*tokenizer(document)["input_ids"], 0]]
     assert [token for ids, _ in rows for token in ids] == stream[: len(stream) // 50 * 50]
     for ids, positions in rows:
@@ -209,7 +211,7 @@ def test_rows_hold_every_token_and_positions_restart():
             expected.append(position)
             position = 0 if token == 0 else position + 1
         assert positions == expected
-        mask = distill.counted(torch.tensor([positions]))[0]
+        mask = data.counted(torch.tensor([positions]))[0]
         assert mask.tolist() == [token != 0 for token in ids[:-1]] + [False]
 
 
@@ -233,12 +235,12 @@ def test_packed_documents_do_not_see_each_other(family, training):
 
 
 def test_row_order_is_a_permutation_of_every_epoch_and_a_function_of_the_seed():
-    steps = [distill.row_indices(step, 4, 12, seed=3) for step in range(6)]
+    steps = [data.row_indices(step, 4, 12, seed=3) for step in range(6)]
     first, second = [*itertools.chain(*steps[:3])], [*itertools.chain(*steps[3:])]
     assert sorted(first) == sorted(second) == list(range(12))
     assert first != second
-    assert distill.row_indices(4, 4, 12, seed=3) == steps[4]
-    assert distill.row_indices(4, 4, 12, seed=4) != steps[4]
+    assert data.row_indices(4, 4, 12, seed=3) == steps[4]
+    assert data.row_indices(4, 4, 12, seed=4) != steps[4]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,7 +334,7 @@ def test_evaluation_equals_full_logits(finished, pair, text):
     rows = datasets.Dataset.from_file(str(output / "data" / "held_out.arrow"))
     input_ids, position_ids = torch.tensor(rows["input_ids"][:]), torch.tensor(rows["position_ids"][:])
     teacher, student = load(pair[0]), load(pair[1])
-    mask = distill.counted(position_ids)
+    mask = data.counted(position_ids)
     labels = input_ids.roll(-1, 1)[mask]
     options = {"position_ids": position_ids, "use_cache": False}
     with torch.no_grad():
@@ -480,7 +482,7 @@ def test_states_reach_the_lm_head_in_the_compute_dtype(checkpointing, pair, text
     more = {"DTYPE": "bfloat16", "GRADIENT_CHECKPOINTING": checkpointing}
     settings = distill.derive_settings(defaults | run_constants(pair, text, tmp_path, **more))
     student = random_model(CONFIGS["olmo3"](vocab_size=300))
-    batch = distill.Batch(some_ids(300, (2, 8)), torch.arange(8).expand(2, 8), torch.tensor([0, 1, 9]))
+    batch = data.Batch(some_ids(300, (2, 8)), torch.arange(8).expand(2, 8), torch.tensor([0, 1, 9]))
     states = distill.student_states(student, batch, settings)
     assert states.dtype == torch.bfloat16
     assert states.shape == (3, 48)
@@ -513,12 +515,12 @@ def test_a_full_disk_during_a_checkpoint_leaves_the_older_one(pair, text, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(pair, text, tmp_path, monkeypatch):
-    original = distill.forward_kl
+    original = losses.forward_kl
 
     def poisoned(*args, **kwargs):
         return original(*args, **kwargs) * (float("nan") if distill.poison else 1)
 
-    monkeypatch.setattr(distill, "forward_kl", poisoned)
+    monkeypatch.setattr(losses, "forward_kl", poisoned)
     monkeypatch.setattr(distill, "poison", False, raising=False)
     step = distill.train_step
 
@@ -563,6 +565,6 @@ def test_bfloat16_gradients_on_gpu():
     reference = [inputs[0].double().requires_grad_(), inputs[1].double().requires_grad_()]
     naive_kl(*reference, inputs[2].double(), inputs[3].double(), 1.0, N).backward()
     leaves = [inputs[0].clone().requires_grad_(), inputs[1].float().requires_grad_()]
-    distill.forward_kl(*leaves, inputs[2], inputs[3], denominator=N).backward()
+    losses.forward_kl(*leaves, inputs[2], inputs[3], denominator=N).backward()
     for leaf, exact in zip(leaves, reference, strict=True):
         assert relative_error(leaf.grad, exact.grad) < 1e-2

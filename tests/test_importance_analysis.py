@@ -15,6 +15,7 @@ from conftest import CONFIGS, DEFAULTS, ROOT, analyse, configure, cut, load, nee
 from safetensors.torch import load_file
 
 import common
+import data
 import importance_analysis
 from common import PareError
 
@@ -140,7 +141,7 @@ def expected_rows(folder, text: str, num_samples: int, length: int) -> torch.Ten
     """Documents in the script's order, each with its end-of-text token, joined and cut."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     stream = []
-    for document in common.open_text(text, None, "train", "text", shuffle_seed=0):
+    for document in data.open_text(text, None, "train", "text", shuffle_seed=0):
         stream += [*tokenizer(document)["input_ids"], 0]
     return torch.tensor(stream[: num_samples * length]).view(num_samples, length)
 
