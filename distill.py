@@ -1,4 +1,4 @@
-"""Distil a teacher into its pruned student: forward KL on the logits (arXiv 2407.14679 §3, best practices 5 and 7).
+"""Distil a teacher into its pruned student, by its next-token distributions (arXiv 2407.14679 §3, best practice 5).
 
     uv run distill.py
 
@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, H hidden, V vocabulary, N counted tokens.
 
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import shutil
@@ -45,9 +46,14 @@ LEARNING_RATE: float = 1e-4  # peak (arXiv 2408.11796 Table 4)
 MIN_LEARNING_RATE: float = 1e-5  # at the end of the cosine
 WARMUP_STEPS: int = 60  # linear
 WEIGHT_DECAY: float = 0.1  # of matrices; norms and biases have none
+LOSS: str = "forward_kl"  # one of losses.LOSSES; "cross_entropy" with STUDENT = TEACHER corrects the teacher
+JSD_BETA: float = 0.5  # of LOSS = "jsd": towards 0 it acts as the forward KL, towards 1 as the reverse
 TEMPERATURE: float = 1.0  # 1 was best (arXiv 2407.14679 §4.3)
 GRADIENT_CHECKPOINTING: bool = True  # a third more compute for much less memory
-LOSS_CHUNK_BYTES: int = 2**29  # the LM heads are applied to as many tokens at a time as fit into this
+LOSS_CHUNK_BYTES: int = 2**30  # the LM heads are applied to as many tokens at a time as fit into this
+COMPILE: bool = (
+    False  # torch.compile for the loss: fewer passes over the logits; needs a C++ compiler, or a GPU's Triton
+)
 EVAL_EVERY: int = 100  # steps
 EVAL_TOKENS: int = 2**20  # held-out tokens, in whole rows
 SAVE_EVERY: int = 100  # steps
@@ -87,38 +93,66 @@ def teacher_states(teacher, batch: "Batch") -> torch.Tensor:
     return hidden_states(teacher, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.counted]
 
 
+def next_tokens(batch: Batch) -> torch.Tensor:
+    """(N,) the tokens that the counted ones are to predict."""
+    return batch.input_ids.flatten()[batch.counted + 1]
+
+
 @torch.no_grad()
 def evaluate(student, teacher, rows, settings) -> dict:
-    """Over held-out rows: KL to the teacher, each model's loss in nats, the student's perplexity, and the share of
-    counted positions where both find the same next token the most likely."""
+    """What student and teacher say of held-out rows; means over counted tokens, in nats.
+
+    KL of student to teacher, also by the token's place in its document; both losses and the student's perplexity; the
+    teacher's entropy, which is what remains of its loss where it knows the text's source exactly; the share of tokens
+    where both find the same next token the most likely; and the probability that each gives to the end of the text
+    where it ends.
+    """
     student.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
-    num_tokens = 0
+    starts = torch.tensor(position_buckets(settings.sequence_length), device=settings.device)
+    sums = torch.zeros(len(starts) + 7, 2, dtype=torch.float64)  # of a figure, and how many tokens it is of
     for start in range(0, len(rows), settings.micro_batch_size):
         batch = fetch(rows, range(start, min(start + settings.micro_batch_size, len(rows))), settings.device)
-        labels = batch.input_ids.flatten()[batch.counted + 1]  # (N,)
+        labels, positions = next_tokens(batch), batch.position_ids.flatten()[batch.counted]
+        buckets = torch.bucketize(positions, starts, right=True) - 1
         states, targets = student_states(student, batch, settings), teacher_states(teacher, batch)
         weight = student.get_output_embeddings().weight.to(states.dtype)
         teacher_weight = teacher.get_output_embeddings().weight
-        step = losses.chunk_rows(settings.loss_chunk_bytes, len(weight), torch.float32)
+        step = losses.chunk_rows(settings.loss_chunk_bytes, len(weight), torch.float32, 4)
         for first in range(0, len(labels), step):
             chunk = slice(first, first + step)
             q_log = torch.log_softmax(losses.project(targets[chunk], teacher_weight, torch.float32), dim=-1)
             p_log = torch.log_softmax(losses.project(states[chunk], weight, torch.float32), dim=-1)
-            agree = (p_log.argmax(-1) == q_log.argmax(-1)).sum()
-            nll = [-log.gather(1, labels[chunk, None]).sum() for log in (p_log, q_log)]
-            kl = torch.sum(q_log.exp() * q_log.sub_(p_log))
-            sums += torch.stack([kl, *nll, agree]).cpu().double()
-        num_tokens += len(labels)
+            ends = labels[chunk] == settings.end_of_text
+            agreed = p_log.argmax(-1) == q_log.argmax(-1)
+            of_labels = [log.gather(1, labels[chunk, None]).squeeze(1) for log in (p_log, q_log)]
+            q = q_log.exp()
+            entropy = -torch.sum(q_log.clamp_(min=losses.FLOOR).mul(q), dim=1)
+            kl = torch.sum(q_log.sub_(p_log).mul_(q), dim=1)
+            figures = [kl, -of_labels[0], -of_labels[1], entropy, agreed, *(log.exp()[ends] for log in of_labels)]
+            figures += [kl[buckets[chunk] == bucket] for bucket in range(len(starts))]
+            sums += torch.stack(
+                [torch.stack([x.double().sum(), torch.ones_like(x, dtype=torch.double).sum()]) for x in figures]
+            ).cpu()
     student.train()
-    kl, loss, teacher_loss, agreement = (sums / num_tokens).tolist()
+    kl, loss, teacher_loss, entropy, agreement, end, teacher_end, *by_position = (
+        total / count if count else None for total, count in sums.tolist()
+    )
     return {
         "held_out_kl": kl,
         "held_out_loss": loss,
         "held_out_perplexity": math.exp(min(loss, 700)),
         "held_out_agreement": agreement,
+        "held_out_end_of_text": end,
+        "held_out_kl_by_position": dict(zip(map(str, starts.tolist()), by_position, strict=True)),
         "teacher_loss": teacher_loss,
+        "teacher_entropy": entropy,
+        "teacher_end_of_text": teacher_end,
     }
+
+
+def position_buckets(length: int) -> list[int]:
+    """Where the buckets of places in a document start: 0, 16, 64, 256, … below `length`."""
+    return [0, *itertools.takewhile(lambda start: start < length, (16 * 4**i for i in itertools.count()))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,14 +298,18 @@ def train_step(student, teacher, rows, optimizer, step: int, settings) -> tuple[
     denominator = max(1, sum(len(batch.counted) for batch in batches))
     total = torch.zeros((), device=settings.device)
     for batch in batches:
-        loss = losses.forward_kl(
+        loss = losses.logit_loss(
+            settings.loss,
             student_states(student, batch, settings),
             student.get_output_embeddings().weight,
-            teacher_states(teacher, batch),
+            teacher_states(teacher, batch) if losses.LOSSES[settings.loss].has_teacher else None,
             teacher.get_output_embeddings().weight,
+            next_tokens(batch),
             denominator=denominator,
             temperature=settings.temperature,
+            beta=settings.jsd_beta,
             chunk_bytes=settings.loss_chunk_bytes,
+            compile=settings.compile,
         )
         loss.backward()
         total += loss.detach()
@@ -311,7 +349,7 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, log, sav
             "learning_rate": learning_rate(step, settings),
             "tokens_per_second": tokens_per_second,
         }
-        text = f"KL {loss:.4f}, lr {metrics['learning_rate']:.1e}, {tokens_per_second:,.0f} tokens/s"
+        text = f"loss {loss:.4f}, lr {metrics['learning_rate']:.1e}, {tokens_per_second:,.0f} tokens/s"
         if settings.device.type == "cuda":
             text += f", {torch.cuda.max_memory_allocated(settings.device) / 1e9:.1f} GB"
         if done % settings.eval_every == 0 or last:
@@ -348,14 +386,14 @@ def open_log(path: Path, checkpoint: Path | None, report_to: str | None, setting
 # Results
 
 
-def plot(metrics: list[dict], path: Path) -> None:
+def plot(metrics: list[dict], loss: str, path: Path) -> None:
     steps = [line for line in metrics if "loss" in line]
     evaluations = [line for line in metrics if "held_out_kl" in line]
     tokens = [line["tokens"] for line in evaluations]
     figure, axes = common.new_figure(1, 3, (14, 4))
-    axes[0].plot([line["tokens"] for line in steps], [line["loss"] for line in steps], alpha=0.5, label="training")
-    axes[0].plot(tokens, [line["held_out_kl"] for line in evaluations], marker="o", label="held out")
-    axes[0].set(title="KL to the teacher (nats per token)", xlabel="tokens", yscale="log")
+    axes[0].plot([line["tokens"] for line in steps], [line["loss"] for line in steps], alpha=0.5, label=loss)
+    axes[0].plot(tokens, [line["held_out_kl"] for line in evaluations], marker="o", label="held-out KL")
+    axes[0].set(title="loss, and KL to the teacher (nats per token)", xlabel="tokens", yscale="log")
     axes[0].legend()
     axes[1].plot(tokens, [line["held_out_loss"] for line in evaluations], marker="o", label="student")
     axes[1].plot(tokens, [line["teacher_loss"] for line in evaluations], linestyle="--", label="teacher")
@@ -375,7 +413,7 @@ tags: [pruned, distilled, pare]
 # {title}
 
 `{teacher}` pruned and distilled with Pare, after Minitron (arXiv 2407.14679, 2408.11796): {tokens:,} tokens of
-`{dataset}`, forward KL on the logits.
+`{dataset}`, LOSS = `{loss}`.
 
 {sizes}
 
@@ -407,6 +445,7 @@ def model_card(teacher: common.Checkpoint, student: common.Checkpoint, before: d
         title=Path(student.name).name,
         tokens=record["tokens"],
         dataset=record["constants"]["DATASET"],
+        loss=record["constants"]["LOSS"],
         sizes="\n".join(["| | teacher | student |", "|---|---|---|", *sizes]),
         figures="\n".join(f"| {title} | {before[key]:.4f} | {after[key]:.4f} |" for key, title in FIGURES.items()),
         teacher_loss=after["teacher_loss"],
@@ -468,6 +507,13 @@ def derive_settings(constants: dict) -> SimpleNamespace:
         )
     if settings.keep_checkpoints < 2:
         raise PareError(f"KEEP_CHECKPOINTS = {settings.keep_checkpoints} must be at least 2.")
+    common.check_choice("LOSS", settings.loss, losses.LOSSES)
+    if losses.LOSSES[settings.loss].has_labels and settings.temperature != 1:
+        raise PareError(f"LOSS = {settings.loss!r} is on the text itself: set TEMPERATURE = 1.")
+    if not 0 < settings.jsd_beta < 1:
+        raise PareError(
+            f"JSD_BETA = {settings.jsd_beta} must lie between 0 and 1; LOSS has both ends as names of their own."
+        )
     common.check_choice("REPORT_TO", settings.report_to, [None, "wandb", "trackio"])
     if settings.report_to and importlib.util.find_spec(settings.report_to) is None:
         raise PareError(f"REPORT_TO = {settings.report_to!r} is not installed: run `uv add {settings.report_to}`.")
@@ -558,6 +604,7 @@ def main() -> Path:
     held_out, rows, record["data"] = data.prepare_data(output / "data", teacher_checkpoint, settings)
     if latest:
         check_same_text(latest, record)
+    settings.end_of_text = common.load_tokenizer(teacher_checkpoint, "TEACHER").eos_token_id
     teacher, student = load_pair(teacher_checkpoint, student_checkpoint, settings)
     optimizer = build_optimizer(student, settings)
     first_step = load_checkpoint(latest, student, optimizer) if latest else 0
@@ -575,7 +622,7 @@ def main() -> Path:
     metrics = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     evaluations = [line for line in metrics if "held_out_kl" in line]
     before, after = evaluations[0], evaluations[-1]
-    plot(metrics, output / "curves.png")
+    plot(metrics, LOSS, output / "curves.png")
     card = model_card(teacher_checkpoint, student_checkpoint, before, after, record)
     export(output / "model", student, student_checkpoint, card, record | {"before": before, "after": after})
     print_results(before, after)

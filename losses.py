@@ -1,79 +1,230 @@
-"""Distillation losses from hidden states and LM heads, without the logits of more than a chunk of tokens.
+"""Losses on next-token distributions from hidden states and LM heads, without the logits of more than a chunk.
 
-Shapes: N counted tokens, H hidden, V vocabulary.
+    loss = losses.logit_loss("forward_kl", hidden, weight, teacher_hidden, teacher_weight, denominator=num_tokens)
+    loss.backward()  # the gradients are there already
+
+Shapes: N counted tokens, n those of a chunk, H hidden, V vocabulary. p is the student's distribution, q the teacher's,
+both at temperature T; z = logits / T.
 """
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+FLOOR = -1e30  # instead of a log-probability of -inf, where it is multiplied by a probability of 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One chunk: the sum of the losses and its gradient dL/dz (n, V), from log-probabilities (n, V) in float32 or better.
+# Both buffers may be overwritten.
+
+
+def forward_kl(p_log: torch.Tensor, q_log: torch.Tensor, labels, beta) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(q ‖ p), arXiv 2407.14679 §3. dL/dz = p - q."""
+    q = q_log.exp()
+    loss = q_log.clamp_(min=FLOOR).sub_(p_log).mul_(q).sum()
+    return loss, p_log.exp_().sub_(q)
+
+
+def reverse_kl(p_log: torch.Tensor, q_log: torch.Tensor, labels, beta) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p ‖ q). dL/dz = p (log p - log q - KL(p ‖ q)). Infinite where the teacher rules out an entry."""
+    p = p_log.exp()
+    difference = p_log.sub_(q_log)
+    kl = torch.mul(p, difference, out=q_log).sum(-1, keepdim=True)
+    return kl.sum(), difference.sub_(kl).mul_(p)
+
+
+def jsd(p_log: torch.Tensor, q_log: torch.Tensor, labels, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """β KL(q ‖ m) + (1 - β) KL(p ‖ m) with the mixture m = β q + (1 - β) p, 0 < β < 1 (arXiv 2306.13649 eq. 1).
+
+    With u = log p - log m: dL/dz = (1 - β) p (u - Σ p u). The mixture is never formed: with d = log q - log p,
+    u = -log(1 + β (e^d - 1)) and log q - log m = u + d, each computed from the side where e^d does not overflow; so
+    both are exact where p and q nearly agree.
+    """
+    p, q = p_log.exp(), q_log.exp()
+    d = q_log.clamp_(min=FLOOR).sub_(p_log)
+    weight = (d > 0).to(d.dtype).mul_(1 - 2 * beta).add_(beta)
+    near = torch.abs(d, out=p_log).neg_().expm1_().mul_(weight).log1p_().neg_()
+    u = near - d.clamp(min=0)
+    of_student = torch.mul(p, u, out=weight).sum(-1, keepdim=True)
+    of_teacher = near.add_(d.clamp_(max=0)).mul_(q).sum()
+    return (1 - beta) * of_student.sum() + beta * of_teacher, u.sub_(of_student).mul_(p).mul_(1 - beta)
+
+
+def cross_entropy(p_log: torch.Tensor, q_log, labels: torch.Tensor, beta) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log p of the labels (n,). dL/dz = p - onehot."""
+    here = torch.arange(len(labels), device=labels.device), labels
+    loss = -p_log[here].sum()
+    gradient = p_log.exp_()
+    gradient[here] -= 1
+    return loss, gradient
+
+
+def forward_kl_and_cross_entropy(p_log: torch.Tensor, q_log: torch.Tensor, labels: torch.Tensor, beta) -> tuple:
+    """Their sum, which arXiv 2407.14679 Table 15 found worse than the KL alone. dL/dz = 2 p - q - onehot."""
+    here = torch.arange(len(labels), device=labels.device), labels
+    q, loss = q_log.exp(), -p_log[here].sum()
+    loss += q_log.clamp_(min=FLOOR).sub_(p_log).mul_(q).sum()
+    gradient = p_log.exp_().mul_(2).sub_(q)
+    gradient[here] -= 1
+    return loss, gradient
+
+
+@dataclass(frozen=True)
+class Loss:
+    chunk: Callable
+    arrays: int  # of (n, V), that exist at once
+    has_teacher: bool = True
+    has_labels: bool = False  # then the temperature is 1
+
+
+LOSSES = {
+    "forward_kl": Loss(forward_kl, 3),
+    "reverse_kl": Loss(reverse_kl, 3),
+    "jsd": Loss(jsd, 7),
+    "cross_entropy": Loss(cross_entropy, 2, has_teacher=False, has_labels=True),
+    "forward_kl_and_cross_entropy": Loss(forward_kl_and_cross_entropy, 3, has_labels=True),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All tokens
+
+
+def operand(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `project` multiplies it: CUDA multiplies bfloat16 and returns float32; elsewhere the factors are converted."""
+    return tensor if tensor.is_cuda else tensor.to(dtype)
+
 
 def project(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """hidden (N, H) @ weight (V, H)ᵀ, multiplied in their own dtype and returned in `dtype` without a rounding between.
-
-    Where the device cannot do that (CPU), the operands are converted first.
-    """
-    if hidden.dtype == dtype:
+    """hidden (n, H) @ weight (V, H)ᵀ in `dtype`, without a rounding to a lower precision between."""
+    if hidden.dtype == weight.dtype == dtype:
         return hidden @ weight.T
-    if hidden.device.type == "cuda":
+    if hidden.is_cuda:
         return torch.mm(hidden, weight.T, out_dtype=dtype)
-    return hidden.to(dtype) @ weight.T.to(dtype)
+    return hidden.to(dtype) @ weight.to(dtype).T
 
 
-def chunk_rows(chunk_bytes: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Tokens per chunk: about four arrays (rows, V) are alive at once."""
-    return max(1, chunk_bytes // (4 * vocab_size * dtype.itemsize))
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total (V, H) += a (n, V)ᵀ @ b (n, H), summed in the precision of `total`."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a.T, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.T.to(total.dtype), b.to(total.dtype))
 
 
-class ForwardKL(torch.autograd.Function):
-    """T²/M · Σ KL(teacher ‖ student) of next-token distributions at temperature T, from hidden states and LM heads.
+def chunk_rows(chunk_bytes: int, vocab_size: int, dtype: torch.dtype, arrays: int) -> int:
+    """Tokens per chunk; in whole 128s, which fill the tiles of a matrix product, where that many fit."""
+    rows = max(1, chunk_bytes // (arrays * vocab_size * dtype.itemsize))
+    return rows // 128 * 128 or rows
 
-    Logits exist for a chunk of tokens at a time; the gradients of the student's hidden states and head are computed
-    in the same pass: with p, q the student's and teacher's probabilities, dL/dlogits = T/M · (p − q).
+
+def chunk_gradient(z, teacher_z, labels, chunk: Callable, temperature: float, beta: float, scale: float, out) -> tuple:
+    """Sum of the losses of a chunk from its logits (n, V) of student and teacher; its gradient times `scale` in `out`.
+
+    The caller keeps no reference to the logits, so that they are freed here.
+    """
+    p_log = torch.log_softmax(z if temperature == 1 else z.div_(temperature), dim=-1)
+    del z
+    q_log = None
+    if teacher_z is not None:
+        q_log = torch.log_softmax(teacher_z if temperature == 1 else teacher_z.div_(temperature), dim=-1)
+        del teacher_z
+    total, gradient = chunk(p_log, q_log, labels, beta)
+    out.copy_(gradient.mul_(scale))
+    return total
+
+
+# On a GPU such passes cost what the memory costs that they move; fused, they are two or three.
+compiled_chunk_gradient = functools.cache(lambda: torch.compile(chunk_gradient, dynamic=True))
+
+
+class LogitLoss(torch.autograd.Function):
+    """T²/M Σ loss of all tokens; the gradients are made in the same pass, and only scaled in backward (once).
+
+    Four matrix products: two for logits, one for the gradient of the hidden states, one for that of the head. Chunks
+    have two levels: logits and what is made of them exist in float32 for the tokens of a small chunk; their gradients
+    T/M dL/dz in the compute dtype for those of a large one, after which the head's float32 gradient, as large as the
+    head, is read and written once.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, temperature, denominator, chunk_bytes):
+    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, loss: Loss, options: dict):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        compute_weight, teacher_weight = weight.to(hidden.dtype), teacher_weight.to(teacher_hidden.dtype)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
-        loss = torch.zeros((), dtype=dtype, device=hidden.device)
-        rows = chunk_rows(chunk_bytes, len(weight), dtype)
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
-            q_log = torch.log_softmax(project(teacher_hidden[chunk], teacher_weight, dtype).div_(temperature), dim=-1)
-            p_log = torch.log_softmax(project(hidden[chunk], compute_weight, dtype).div_(temperature), dim=-1)
-            q = q_log.exp()
-            loss += torch.sum(q * q_log.sub_(p_log))
-            grad = p_log.exp_().sub_(q).mul_(temperature / denominator).to(hidden.dtype)  # (rows, V), of the logits
-            grad_hidden[chunk] = grad @ compute_weight
-            if grad_weight is not None:
-                grad_weight += project(grad.T, hidden[chunk].T, dtype)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        low_weight = weight.to(hidden.dtype)
+        head = operand(low_weight, dtype)
+        if loss.has_teacher:
+            teacher_head = operand(teacher_weight.to(teacher_hidden.dtype), dtype)
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
+
+        gradient_of = compiled_chunk_gradient() if options["compile"] else chunk_gradient
+        temperature, half = options["temperature"], options["chunk_bytes"] // 2
+        scale = temperature / options["denominator"]
+        small = chunk_rows(half, len(weight), dtype, loss.arrays)
+        large = max(small, chunk_rows(half, len(weight), hidden.dtype, 1) // small * small)
+        buffer = hidden.new_empty(min(large, len(hidden)), len(weight))
+        for first in range(0, len(hidden), large):
+            rows = slice(first, min(first + large, len(hidden)))
+            gradients = buffer[: rows.stop - first]
+            for start in range(first, rows.stop, small):
+                part = slice(start, min(start + small, rows.stop))
+                total += gradient_of(
+                    project(hidden[part], head, dtype),
+                    project(teacher_hidden[part], teacher_head, dtype) if loss.has_teacher else None,
+                    labels[part] if loss.has_labels else None,
+                    loss.chunk,
+                    temperature,
+                    options["beta"],
+                    scale,
+                    gradients[start - first : part.stop - first],
+                )
+            if needs_hidden:
+                torch.mm(gradients, low_weight, out=grad_hidden[rows])
+            if needs_weight:
+                add_product(grad_weight, gradients, hidden[rows])
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return loss * (temperature**2 / denominator)
+        return total * (temperature**2 / options["denominator"])
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_weight is not None:
-            grad_weight.mul_(grad_output)  # in place: it is as large as the head
-        return grad_hidden * grad_output.to(grad_hidden.dtype), grad_weight, None, None, None, None, None
+        gradients = ctx.saved_tensors
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(grad_output)  # in place: one is as large as the head
+        return (*gradients, None, None, None, None, None)
 
 
-def forward_kl(
+def logit_loss(
+    kind: str,
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    teacher_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher_weight: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
     *,
     denominator: float,
     temperature: float = 1.0,
-    chunk_bytes: int = 2**29,
+    beta: float = 0.5,
+    chunk_bytes: int = 2**30,
+    compile: bool = False,
 ) -> torch.Tensor:
-    """The distillation loss of counted tokens.
+    """T²/M Σ of the loss LOSSES[kind] over N tokens that count; a scalar in float32 or better.
 
-    hidden (N, H), weight (V, H), teacher_hidden (N, H_t), teacher_weight (V, H_t); `denominator` is the number of
-    counted tokens of the whole optimizer step. Returns a scalar, float32 or better. (arXiv 2407.14679 §3.)
+    hidden (N, H) in the compute dtype, weight (V, H) of the student's LM head, usually a float32 master;
+    teacher_hidden (N, H_t), teacher_weight (V, H_t) and labels (N,), the next tokens, where the loss needs them.
+    `denominator` M is the number of counted tokens of the whole optimizer step; `chunk_bytes` the transient memory,
+    beside the float32 gradient of the head. Gradients flow to `hidden` and `weight` where they are wanted, for one
+    backward pass.
     """
-    assert hidden.shape[0] == teacher_hidden.shape[0], (hidden.shape, teacher_hidden.shape)
-    assert weight.shape[0] == teacher_weight.shape[0], (weight.shape, teacher_weight.shape)
-    return ForwardKL.apply(hidden, weight, teacher_hidden, teacher_weight, temperature, denominator, chunk_bytes)
+    loss = LOSSES[kind]
+    others = [*[teacher_hidden] * loss.has_teacher, *[labels] * loss.has_labels]
+    assert all(len(other) == len(hidden) for other in others), (hidden.shape, [other.shape for other in others])
+    assert not loss.has_teacher or len(weight) == len(teacher_weight), (weight.shape, teacher_weight.shape)
+    assert not loss.has_labels or temperature == 1, (kind, temperature)
+    options = {"temperature": temperature, "denominator": denominator, "beta": beta, "chunk_bytes": chunk_bytes}
+    return LogitLoss.apply(hidden, weight, teacher_hidden, teacher_weight, labels, loss, options | {"compile": compile})
