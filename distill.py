@@ -50,7 +50,7 @@ LOSS: str = "forward_kl"  # one of losses.LOSSES; "cross_entropy" with STUDENT =
 JSD_BETA: float = 0.5  # of LOSS = "jsd": towards 0 it acts as the forward KL, towards 1 as the reverse
 TEMPERATURE: float = 1.0  # 1 was best (arXiv 2407.14679 §4.3)
 GRADIENT_CHECKPOINTING: bool = True  # a third more compute for much less memory
-LOSS_CHUNK_BYTES: int = 2**30  # the LM heads are applied to as many tokens at a time as fit into this
+LOSS_CHUNK_BYTES: int | None = None  # memory of the loss beside its gradients; None is 2**30 on a GPU, 2**28 elsewhere
 COMPILE: bool = False  # torch.compile of the loss: fewer passes over the logits, a minute more at the start
 EVAL_EVERY: int = 100  # steps
 EVAL_TOKENS: int = 2**20  # held-out tokens, in whole rows
@@ -493,7 +493,7 @@ def derive_settings(constants: dict) -> SimpleNamespace:
         "LEARNING_RATE",
         "TEMPERATURE",
     )
-    common.check_positive(constants, *positive, "LOSS_CHUNK_BYTES", "EVAL_EVERY", "EVAL_TOKENS", "SAVE_EVERY")
+    common.check_positive(constants, *positive, "EVAL_EVERY", "EVAL_TOKENS", "SAVE_EVERY")
     common.check_not_negative(constants, "MIN_LEARNING_RATE", "WARMUP_STEPS", "WEIGHT_DECAY", "SEED")
     settings = SimpleNamespace(**{name.lower(): value for name, value in constants.items()})
     if settings.sequence_length < 2:
@@ -530,6 +530,9 @@ def derive_settings(constants: dict) -> SimpleNamespace:
     settings.rows_per_step = settings.tokens_per_step // settings.sequence_length
     settings.device = common.pick_device(settings.device)
     settings.dtype = common.pick_dtype(settings.dtype, settings.device)
+    if settings.loss_chunk_bytes is None:
+        settings.loss_chunk_bytes = 2**30 if settings.device.type == "cuda" else 2**28
+    common.check_positive({"LOSS_CHUNK_BYTES": settings.loss_chunk_bytes}, "LOSS_CHUNK_BYTES")
     return settings
 
 
