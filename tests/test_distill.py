@@ -260,8 +260,7 @@ def run_constants(pair, text: str, output, **more) -> dict:
         "TEACHER": str(pair[0]),
         "STUDENT": str(pair[1]),
         "OUTPUT_DIR": str(output),
-        "DATASET": text,
-        "DATASET_CONFIG": None,
+        "DATASETS": text,
         "SEQUENCE_LENGTH": 32,
         "TRAIN_TOKENS": 12 * 128,
         "TOKENS_PER_STEP": 128,
@@ -334,7 +333,7 @@ def test_evaluation_equals_full_logits(finished, pair, text):
     rows = datasets.Dataset.from_file(str(output / "data" / "held_out.arrow"))
     input_ids, position_ids = torch.tensor(rows["input_ids"][:]), torch.tensor(rows["position_ids"][:])
     teacher, student = load(pair[0]), load(pair[1])
-    mask = data.counted(position_ids)
+    mask = torch.tensor(rows["counted"][:])
     labels = input_ids.roll(-1, 1)[mask]
     options = {"position_ids": position_ids, "use_cache": False}
     with torch.no_grad():
@@ -444,7 +443,7 @@ def test_a_run_whose_text_changed_is_not_continued(finished, pair, tmp_path, tex
     output = tmp_path / "run"
     distilled(pair, str(changed), output, TRAIN_TOKENS=4 * 128)
     changed.write_text(changed.read_text().replace("cats", "cows"))
-    with pytest.raises(PareError, match="DATASET"):
+    with pytest.raises(PareError, match="DATASETS"):
         distilled(pair, str(changed), output, TRAIN_TOKENS=4 * 128)
 
 
