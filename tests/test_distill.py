@@ -1,4 +1,4 @@
-"""The loss against float64, packing, resuming after a kill, and what a run writes."""
+"""The loss against float64, resuming after a kill, and what a run writes."""
 
 import itertools
 import json
@@ -194,53 +194,6 @@ def test_norms_and_biases_are_not_decayed_and_the_rate_is_a_warmed_cosine(pair, 
     assert rates[:3] == pytest.approx([1.5e-3, 3e-3, 3e-3])
     assert rates[2 + 3] == pytest.approx(1e-4 + 2.9e-3 * (1 + math.cos(math.pi * 3 / 9)) / 2)
     assert rates[-1] == pytest.approx(1e-4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Packing
-
-
-def test_rows_hold_every_token_and_positions_restart():
-    tokenizer = build_tokenizer()
-    rows = list(data.pack_rows(DOCUMENTS, tokenizer, 50, 300))
-    stream = [token for document in DOCUMENTS for token in [*tokenizer(document)["input_ids"], 0]]
-    assert [token for ids, _ in rows for token in ids] == stream[: len(stream) // 50 * 50]
-    for ids, positions in rows:
-        expected, position = [], 0
-        for token in ids:
-            expected.append(position)
-            position = 0 if token == 0 else position + 1
-        assert positions == expected
-        mask = data.counted(torch.tensor([positions]))[0]
-        assert mask.tolist() == [token != 0 for token in ids[:-1]] + [False]
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("family", ["olmo3", "olmo2", "llama"])
-def test_packed_documents_do_not_see_each_other(family, training):
-    """As teacher (eval) and as student (train, with gradient checkpointing)."""
-    model = random_model(CONFIGS[family](vocab_size=300))
-    if training:
-        model.train()
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    first, second = (torch.randint(2, 300, (1, n), generator=torch.Generator().manual_seed(n)) for n in (19, 26))
-    positions = torch.cat([torch.arange(19), torch.arange(26)])[None]
-    other = torch.randint(2, 300, (1, 45), generator=torch.Generator().manual_seed(0))  # another row of the batch
-    rows = torch.cat([torch.cat([first, second], dim=1), other])
-    together = distill.hidden_states(model, rows, torch.cat([positions, torch.arange(45)[None]]))[:1]
-    apart = [distill.hidden_states(model, ids, torch.arange(ids.shape[1])[None]) for ids in (first, second)]
-    logits = [model.lm_head(states) for states in (together, torch.cat(apart, dim=1))]
-    torch.testing.assert_close(*logits, rtol=1e-4, atol=2e-5)
-
-
-def test_row_order_is_a_permutation_of_every_epoch_and_a_function_of_the_seed():
-    steps = [data.row_indices(step, 4, 12, seed=3) for step in range(6)]
-    first, second = [*itertools.chain(*steps[:3])], [*itertools.chain(*steps[3:])]
-    assert sorted(first) == sorted(second) == list(range(12))
-    assert first != second
-    assert data.row_indices(4, 4, 12, seed=3) == steps[4]
-    assert data.row_indices(4, 4, 12, seed=4) != steps[4]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
