@@ -1,6 +1,5 @@
 """The loss against float64, resuming after a kill, and what a run writes."""
 
-import itertools
 import json
 import math
 import signal
@@ -142,9 +141,10 @@ def test_a_training_step_equals_full_float64_logits_in_any_split(tied, pair, tex
         random_model(CONFIGS["olmo3"](vocab_size=300), seed=1),
         random_model(CONFIGS["olmo3"](**shape), 2),
     )
-    rows = list(itertools.islice(data.pack_rows(DOCUMENTS, build_tokenizer(), 32, 300), 4))
-    input_ids, position_ids = (torch.tensor([row[i] for row in rows]) for i in (0, 1))
-    mask = data.counted(position_ids)
+    documents = data.read_documents(iter(DOCUMENTS), data.TextSource("text"), build_tokenizer(), 300, "TEACHER")
+    columns = [data.build_row(pieces, 32, filler=0) for pieces in data.best_fit(documents, 32, 4)]
+    rows = {name: torch.stack([torch.from_numpy(row[name]) for row in columns]) for name in columns[0]}
+    input_ids, position_ids, mask = rows["input_ids"].long(), rows["position_ids"].long(), rows["counted"]
     assert len({int(row.sum()) for row in mask}) > 1
     options = {"position_ids": position_ids, "use_cache": False}
     logits = student(input_ids, **options).logits[mask].double() / 2
@@ -168,7 +168,7 @@ def test_a_training_step_equals_full_float64_logits_in_any_split(tied, pair, tex
 
     class Rows(list):
         def __getitem__(self, indices):
-            return {"input_ids": input_ids[indices], "position_ids": position_ids[indices]}
+            return {name: column[indices] for name, column in rows.items()}
 
     constants = run_constants(pair, text, tmp_path, TOKENS_PER_STEP=128, TEMPERATURE=2.0, LOSS_CHUNK_BYTES=10_000)
     defaults = {name: getattr(distill, name) for name in common.constants_of(distill)}
