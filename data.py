@@ -246,7 +246,7 @@ def read_documents(
             documents = tokenize_chats(batch, source, tokenizer, model, number)
         for ids, wanted in documents:
             number += 1
-            check_ids(ids, vocab_size, f"{source.what}: row {number} in the order of SEED")
+            check_ids(ids, vocab_size, f"{source.what}, row {number} as read,")
             if any(wanted):
                 found = True
                 yield Document(np.array(ids, np.int32), np.array(wanted, bool))
@@ -268,7 +268,7 @@ def tokenize_chats(chats: list[list[dict]], source: TextSource, tokenizer, model
         raise PareError(f"{source.what} holds chats, but {model} has no {lacks}. Give text, or a chat model's TEACHER.")
     documents = []
     for i, chat in enumerate(chats):
-        row = f"{source.what}: row {number + i + 1} in the order of SEED"
+        row = f"{source.what}, row {number + i + 1} as read"
         try:
             whole = tokenizer.apply_chat_template(chat, tokenize=False)
         except (TemplateError, TypeError) as error:

@@ -261,11 +261,11 @@ def test_chats_without_an_answer_are_passed_over_and_a_source_of_them_is_refused
 def test_chats_that_the_teacher_cannot_read():
     with pytest.raises(PareError, match=r"DATASETS: 'chats.jsonl' .*TEACHER = 'x' has no chat template"):
         read_chats([CHAT], None)
-    with pytest.raises(PareError, match=r"'chats.jsonl': row 2 .*TEACHER = 'x' rewrites earlier turns.*generation"):
+    with pytest.raises(PareError, match=r"'chats.jsonl', row 2 .*TEACHER = 'x' rewrites earlier turns.*generation"):
         read_chats([CHAT[:3], CHAT], FORGETFUL)
-    with pytest.raises(PareError, match=r"'chats.jsonl': row 1 .*TEACHER = 'x' refuses it \(no system"):
+    with pytest.raises(PareError, match=r"'chats.jsonl', row 1 .*TEACHER = 'x' refuses it \(no system"):
         read_chats([CHAT], "{{ raise_exception('no system') }}")
-    with pytest.raises(PareError, match=r"'chats.jsonl': row 2 .*TEACHER = 'x' refuses it"):
+    with pytest.raises(PareError, match=r"'chats.jsonl', row 2 .*TEACHER = 'x' refuses it"):
         read_chats([CHAT, [{"role": "assistant", "content": None}]], TURNS.replace("m.content", "'' + m.content"))
 
 
@@ -275,10 +275,10 @@ def test_a_token_outside_the_vocabulary_is_named_with_its_row_and_source(monkeyp
     tokenizer = chat_tokenizer(TURNS)
     largest = max(tokenizer.apply_chat_template(chats[0])["input_ids"])
     read_chats(chats[:3], TURNS, largest + 1)
-    with pytest.raises(PareError, match=rf"DATASETS: 'chats.jsonl': row 1 .*token {largest},.*ends at {largest - 1}"):
+    with pytest.raises(PareError, match=rf"DATASETS: 'chats.jsonl', row 1 .*token {largest},.*ends at {largest - 1}"):
         read_chats(chats, TURNS, largest)
     texts = ["ab", "ab", "ab", "The cats"]
-    with pytest.raises(PareError, match=r"DATASETS: 'chats.jsonl': row 4 .*token \d+, .*ends at 255"):
+    with pytest.raises(PareError, match=r"DATASETS: 'chats.jsonl', row 4 .*token \d+, .*ends at 255"):
         list(data.read_documents(iter(texts), SOURCE, tokenizer, 256, "TEACHER = 'x'"))
 
 
