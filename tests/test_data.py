@@ -235,6 +235,17 @@ def test_what_the_assistant_wrote_is_wanted_and_nothing_else(template, turns, en
     assert wanted_text(document, tokenizer) == turns
 
 
+def test_only_texts_get_the_special_tokens_that_the_tokenizer_adds():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = chat_tokenizer(TURNS + PROMPT)
+    begin = tokenizer.convert_tokens_to_ids("<|tool|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|tool|> $A", special_tokens=[("<|tool|>", begin)])
+    text, chat = (next(data.read_documents(iter([row]), SOURCE, tokenizer, 1000, "")) for row in ("Dogs met.", CHAT))
+    assert text.ids[0] == begin
+    assert begin not in chat.ids
+
+
 def test_a_token_across_the_border_of_a_turn_belongs_to_where_it_begins():
     """` met` is one token, and the assistant's turn begins inside it."""
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -263,6 +274,9 @@ def test_chats_that_the_teacher_cannot_read():
         read_chats([CHAT], None)
     with pytest.raises(PareError, match=r"'chats.jsonl', row 2 .*TEACHER = 'x' rewrites earlier turns.*generation"):
         read_chats([CHAT[:3], CHAT], FORGETFUL)
+    thinking = PROMPT.replace("\n", "\nTHOUGHT ")  # the prompt for an answer holds more than what stands before one
+    with pytest.raises(PareError, match=r"'chats.jsonl', row 1 .*TEACHER = 'x' rewrites earlier turns.*generation"):
+        read_chats([[{"role": "user", "content": "Dogs?"}, *CHAT[4:]]], TURNS + thinking)
     with pytest.raises(PareError, match=r"'chats.jsonl', row 1 .*TEACHER = 'x' refuses it \(no system"):
         read_chats([CHAT], "{{ raise_exception('no system') }}")
     with pytest.raises(PareError, match=r"'chats.jsonl', row 2 .*TEACHER = 'x' refuses it"):
