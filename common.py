@@ -55,6 +55,7 @@ KIND_NAMES = {
     float: "a number",
     str: "text",
     types.NoneType: "None",
+    list: "a list",
     list[int]: "a list of whole numbers such as [4, 5]",
 }
 

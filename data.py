@@ -1,4 +1,4 @@
-"""Text: documents of a dataset, packed rows of tokens, and row i of a run as a function of the seed.
+"""Text: documents of one source or of several, packed rows of tokens, and row i of a run as a function of the seed.
 
 Nothing here is a setting, and importing it does nothing. Shapes: B batch, T tokens of a row, N counted tokens.
 """
@@ -8,17 +8,90 @@ import glob
 import hashlib
 import itertools
 import json
+import math
+import re
+import shutil
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from huggingface_hub.errors import HTTPError
+from jinja2 import TemplateError
 
 import common
 from common import PareError, first_line, user_path
 
 TEXT_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+OPEN_ROWS = 256  # rows that wait for a piece that fits
+READ_AHEAD = 64  # documents of a source: a fast tokenizer works on them in parallel
+BYTES_PER_TOKEN = 4 + 4 + 1 / 8  # of a packed row: its token, its position, and whether the next one counts
+SPARE_BYTES = 2**26  # what packing leaves free on the disk
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+
+# importance_analysis.py has one source, with a constant for each of its settings.
+CONSTANTS_OF_ONE = {"config": "DATASET_CONFIG", "split": "DATASET_SPLIT", "column": "TEXT_COLUMN"}
+
+
+@dataclass(frozen=True)
+class TextSource:
+    name: str
+    config: str | None = None
+    split: str = "train"
+    column: str | None = None  # None: `messages` where the rows have it, else `text`
+    weight: float = 1.0
+    constant: str = "DATASETS"
+
+    @property
+    def what(self) -> str:
+        return f"{self.constant} = {self.name!r}" if self.constant == "DATASET" else f"{self.constant}: {self.name!r}"
+
+    def setting(self, key: str) -> str:
+        """How an error names one of its settings, for a message that goes on with what the source has instead."""
+        if self.constant == "DATASET":
+            return f"{CONSTANTS_OF_ONE[key]} = {getattr(self, key)!r}: {self.what}"
+        return f"{self.what} with {key} {getattr(self, key)!r}"
+
+
+KEYS = {  # of a source in DATASETS -> kinds, and what an error says of them
+    "name": ((str,), "text"),
+    "config": ((str, type(None)), "text or None"),
+    "split": ((str,), "text"),
+    "column": ((str, type(None)), "text or None"),
+    "weight": ((int, float), "a number greater than 0"),
+}
+
+
+def read_sources(value: str | list, constant: str) -> list[TextSource]:
+    """The sources that DATASETS or EVAL_DATASETS names. Raises PareError for one that is malformed or there twice."""
+    if not value:
+        raise PareError(f"{constant} = {value!r} names no source. Give a file, a folder, a Hub id, or a list of those.")
+    sources = [read_source(entry, constant) for entry in (value if isinstance(value, list) else [value])]
+    for i, source in enumerate(sources):
+        same = [s for s in sources[:i] if (s.name, s.config, s.split) == (source.name, source.config, source.split)]
+        if any(None in (source.column, other.column) or source.column == other.column for other in same):
+            raise PareError(f"{source.what} is there twice. List it once, with a greater weight.")
+    return sources
+
+
+def read_source(entry: str | dict, constant: str) -> TextSource:
+    if isinstance(entry, str):
+        return TextSource(entry, constant=constant)
+    if not isinstance(entry, dict) or "name" not in entry:
+        raise PareError(f"{constant}: {entry!r} is no source. Give text, or {{'name': ..., 'weight': ...}}.")
+    if unknown := [key for key in entry if key not in KEYS]:
+        raise PareError(f"{constant}: {entry['name']!r} has a key {unknown[0]!r}; the keys are {', '.join(KEYS)}.")
+    for key, value in entry.items():
+        kinds, wanted = KEYS[key]
+        wrong = not isinstance(value, kinds) or isinstance(value, bool)
+        if wrong or (key == "weight" and not 0 < value < math.inf):
+            raise PareError(f"{constant}: {entry['name']!r} with {key} {value!r}: it must be {wanted}.")
+    return TextSource(**entry, constant=constant)
 
 
 def open_text(
@@ -29,54 +102,79 @@ def open_text(
     shuffle_seed: int | None = None,
     constant: str = "DATASET",
 ) -> Iterator[str]:
-    """Stream the documents of a dataset: a Hub id, a .jsonl, .json, .parquet or .txt file (one file, one document),
-    a folder of those, or a dataset saved to disk.
+    """Stream the documents of one dataset of text; see `open_source`."""
+    return open_source(TextSource(dataset, config, split, column, constant=constant), shuffle_seed)
+
+
+def open_source(source: TextSource, shuffle_seed: int | None = None) -> Iterator[str | list[dict]]:
+    """Stream the documents of a source: a Hub id, a .jsonl, .json, .parquet or .txt file (one file, one document), a
+    folder of those, or a dataset saved to disk. A document is text, or a chat: a list of {"role", "content"}.
 
     With `shuffle_seed` they come in an order that the seed fixes. Checked before anything is yielded: the dataset is
-    there, has the split and the column, and is not empty; PareError otherwise, naming `constant`.
+    there, has the split and the column, and is not empty; PareError otherwise, naming the constant.
     """
-    splits = open_splits(dataset, config, constant)
-    what = f"{constant} = {dataset!r}"
-    if split not in splits:
-        raise PareError(f"DATASET_SPLIT = {split!r}: {what} has the splits {', '.join(map(repr, splits))}.")
-    rows = splits[split]
+    splits = open_splits(source)
+    if source.split not in splits:
+        raise PareError(f"{source.setting('split')} has the splits {', '.join(map(repr, splits))}.")
+    rows = splits[source.split]
     if shuffle_seed is not None:
         # In memory: a dataset saved to disk would get a cache file in its own folder.
         streaming = not hasattr(rows, "__len__")
         rows = rows.shuffle(seed=shuffle_seed, **({"buffer_size": 10_000} if streaming else {"keep_in_memory": True}))
-    documents = read_column(rows, column, what)
+    documents = read_column(rows, source)
     first = next(documents, None)
     if first is None:
-        raise PareError(f"{what} is empty.")
+        raise PareError(f"{source.what} is empty.")
 
     return itertools.chain([first], documents)
 
 
-def read_column(rows: Iterable[dict], column: str, what: str) -> Iterator[str]:
+def read_column(rows: Iterable[dict], source: TextSource) -> Iterator[str | list[dict]]:
+    """The documents, all of the first one's kind; those that are empty are passed over."""
     from datasets.exceptions import DatasetsError
 
+    is_kind = None
     try:
         for row in rows:
-            if column not in row:
-                raise PareError(f"TEXT_COLUMN = {column!r}: {what} has the columns {', '.join(map(repr, row))}.")
-            text = row[column]
-            if not isinstance(text, str):
-                raise PareError(f"TEXT_COLUMN = {column!r} of {what} holds {type(text).__name__}, not text.")
-            if text:
-                yield text
+            if source.column is None:
+                source = replace(source, column="messages" if "messages" in row else "text")
+            if source.column not in row:
+                raise PareError(f"{source.setting('column')} has the columns {', '.join(map(repr, row))}.")
+            document = row[source.column]
+            if is_kind is None:  # importance_analysis.py scores text only
+                is_kind = is_chat if isinstance(document, list) and source.constant != "DATASET" else is_text
+            if not is_kind(document):
+                found = type(document).__name__
+                raise PareError(f"{source.setting('column')} holds {found}, not {NAMES_OF_KINDS[is_kind]}.")
+            if document:
+                yield document
     except PareError:
         raise
     except (ValueError, OSError, HTTPError, DatasetsError) as error:
-        raise PareError(f"{what} cannot be read: {first_line(error)}") from None
+        raise PareError(f"{source.what} cannot be read: {first_line(error)}") from None
 
 
-def open_splits(dataset: str, config: str | None, constant: str) -> dict:
+def is_text(document) -> bool:
+    return isinstance(document, str)
+
+
+def is_chat(document) -> bool:
+    return isinstance(document, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+        for message in document
+    )
+
+
+NAMES_OF_KINDS = {is_text: "text", is_chat: "chats (lists of {'role': ..., 'content': ...})"}
+
+
+def open_splits(source: TextSource) -> dict:
     """The splits of a dataset by name, each an iterable of rows. Local files are one split, `train`."""
     import datasets
     from datasets.exceptions import DatasetsError
 
-    what = f"{constant} = {dataset!r}"
-    path = user_path(constant, dataset)
+    dataset, what = source.name, source.what
+    path = user_path(source.constant, dataset)
     saved = ("dataset_dict.json", "dataset_info.json", "state.json")
     try:
         if path.is_dir() and any((path / name).is_file() for name in saved):
@@ -97,7 +195,7 @@ def open_splits(dataset: str, config: str | None, constant: str) -> dict:
             return dict(datasets.load_dataset(formats.pop(), data_files={"train": names}, streaming=True, **options))
         if dataset.startswith((".", "/", "~")) or path.suffix in TEXT_FORMATS or dataset.count("/") > 1 or not dataset:
             raise PareError(f"{what} does not exist. Give a file, a folder or a Hub id.")
-        return dict(datasets.load_dataset(dataset, config, streaming=True))
+        return dict(datasets.load_dataset(dataset, source.config, streaming=True))
     except PareError:
         raise
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -108,30 +206,150 @@ def open_splits(dataset: str, config: str | None, constant: str) -> dict:
             "A local .jsonl, .parquet or .txt file works too, and `uv run demo.py` needs no network."
         ) from None
     except (ValueError, OSError, RuntimeError, HTTPError, DatasetsError) as error:
-        raise PareError(f"{what} with DATASET_CONFIG = {config!r} cannot be opened: {first_line(error)}") from None
+        raise PareError(f"{source.setting('config')} cannot be opened: {first_line(error)}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents as tokens
+
+
+class Document(NamedTuple):
+    """A document, or a piece of one. Its first token is never predicted, whatever `wanted` says."""
+
+    ids: np.ndarray  # (T,) int32
+    wanted: np.ndarray  # (T,) bool: True where the token is to be predicted
+
+
+def check_ids(ids: list[int], vocab_size: int, what: str) -> None:
+    if max(ids) >= vocab_size:
+        raise PareError(
+            f"{what} holds token {max(ids)}, but the model's vocabulary ends at {vocab_size - 1}: "
+            "the tokenizer beside the model is of another one. Download the model again."
+        )
+
+
+def tokenize_texts(texts: list[str], tokenizer) -> list[list[int]]:
+    """Token ids, each ended with the end-of-text token."""
+    eos = tokenizer.eos_token_id
+    return [ids if ids and ids[-1] == eos else [*ids, eos] for ids in tokenizer(texts, verbose=False)["input_ids"]]
+
+
+def read_documents(
+    rows: Iterator[str | list[dict]], source: TextSource, tokenizer, vocab_size: int, model: str
+) -> Iterator[Document]:
+    """A source's rows as tokens. Of a text every token is wanted, of a chat those that the assistant wrote."""
+    number, found = 0, False
+    while batch := list(itertools.islice(rows, READ_AHEAD)):
+        if isinstance(batch[0], str):
+            documents = [(ids, [True] * len(ids)) for ids in tokenize_texts(batch, tokenizer)]
+        else:
+            documents = tokenize_chats(batch, source, tokenizer, model, number)
+        for ids, wanted in documents:
+            number += 1
+            check_ids(ids, vocab_size, f"{source.what}, row {number} as read,")
+            if any(wanted):
+                found = True
+                yield Document(np.array(ids, np.int32), np.array(wanted, bool))
+    if not found:
+        raise PareError(f"{source.what} holds chats without any message of the role 'assistant': nothing to learn.")
+
+
+GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+def tokenize_chats(chats: list[list[dict]], source: TextSource, tokenizer, model: str, number: int) -> list[tuple]:
+    """Token ids of chats in the tokenizer's chat template, and for each token whether the assistant wrote it.
+
+    The template brings the special tokens; only a missing end-of-text token is added at the end, and is not wanted:
+    nobody's turn holds it. Turns are found by `assistant_turns`, or else by the template's {% generation %} tags.
+    """
+    if not tokenizer.chat_template or not tokenizer.is_fast:
+        lacks = "chat template" if not tokenizer.chat_template else "fast tokenizer"
+        raise PareError(f"{source.what} holds chats, but {model} has no {lacks}. Give text, or a chat model's TEACHER.")
+    documents = []
+    for i, chat in enumerate(chats):
+        row = f"{source.what}, row {number + i + 1} as read"
+        try:
+            whole = tokenizer.apply_chat_template(chat, tokenize=False)
+        except (TemplateError, TypeError) as error:
+            raise PareError(f"{row}: the chat template of {model} refuses it ({first_line(error)}).") from None
+        turns = assistant_turns(chat, whole, tokenizer)
+        if turns is not None:
+            encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids = encoded["input_ids"]
+            wanted = [any(first <= start < end for first, end in turns) for start, _ in encoded["offset_mapping"]]
+        elif GENERATION_TAG.search(tokenizer.get_chat_template()):
+            encoded = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+            ids, wanted = encoded["input_ids"], [mask == 1 for mask in encoded["assistant_masks"]]
+        else:
+            raise PareError(
+                f"{row}: the chat template of {model} rewrites earlier turns and has no {{% generation %}} tags, so "
+                "what the assistant wrote cannot be told.\nGive text, chats of one turn, or a template with the tags."
+            )
+        if not ids or ids[-1] != tokenizer.eos_token_id:
+            ids, wanted = [*ids, tokenizer.eos_token_id], [*wanted, False]
+        documents.append((ids, wanted))
+    return documents
+
+
+def assistant_turns(chat: list[dict], whole: str, tokenizer) -> list[tuple[int, int]] | None:
+    """(first, end) of the assistant's turns among the characters of `whole`, the rendered chat.
+
+    What the template writes before turn i and the prompt for it must begin what it writes up to turn i, and that must
+    begin the whole; between the two lies the turn. None where that does not hold: the template looks ahead.
+    """
+    numbers = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
+    if not numbers:
+        return []
+    try:
+        heads = tokenizer.apply_chat_template([chat[:i] for i in numbers], tokenize=False, add_generation_prompt=True)
+        upto = tokenizer.apply_chat_template([chat[: i + 1] for i in numbers], tokenize=False)
+    except (TemplateError, TypeError):
+        return None
+    turns = []
+    for head, text in zip(heads, upto, strict=True):
+        # Olmo 3 ends the last turn with the end-of-text token, the earlier ones with another in its place: it counts.
+        body = text if whole.startswith(text) else text.removesuffix(tokenizer.eos_token)
+        if not (body.startswith(head) and whole.startswith(body)):
+            return None
+        turns.append((len(head), len(body) + (body != text)))
+    return turns
+
+
+def mix(sources: list[Iterator[Document]], weights: list[float]) -> Iterator[tuple[int, Document]]:
+    """(number of the source, document): next comes the source that has given the fewest tokens for its weight.
+
+    Of equals the first; a source that runs dry drops out.
+    """
+    given, left = [0] * len(sources), list(range(len(sources)))
+    while left:
+        number = min(left, key=lambda i: given[i] / weights[i])
+        document = next(sources[number], None)
+        if document is None:
+            left.remove(number)
+            continue
+        given[number] += len(document.ids)
+        yield number, document
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
 
 
 def pack_rows(
-    documents: Iterable[str], tokenizer, length: int, vocab_size: int, read_ahead: int = 64
+    documents: Iterable[str], tokenizer, length: int, vocab_size: int, read_ahead: int = READ_AHEAD
 ) -> Iterator[tuple]:
     """Documents, each ended with the end-of-text token, joined and cut into full rows of `length` tokens.
 
     Yields (input_ids, position_ids), both of `length` whole numbers. Positions restart at every document, and at the
     start of a row, where what went before is out of sight. The unfinished last row is dropped. `read_ahead` documents
-    are taken at a time: a fast tokenizer works on them in parallel.
+    are taken at a time.
     """
-    eos = tokenizer.eos_token_id
     documents, ids, positions, number = iter(documents), [], [], 0
     while batch := list(itertools.islice(documents, read_ahead)):
-        for new in tokenizer(batch, verbose=False)["input_ids"]:
+        for new in tokenize_texts(batch, tokenizer):
             number += 1
-            if not new or new[-1] != eos:
-                new = [*new, eos]
-            if max(new) >= vocab_size:
-                raise PareError(
-                    f"DATASET: document {number} holds token {max(new)}, but the model's vocabulary ends at "
-                    f"{vocab_size - 1}: the tokenizer beside the model is of another one. Download the model again."
-                )
+            check_ids(new, vocab_size, f"DATASET: document {number}")
             taken = 0
             while len(ids) + len(new) - taken >= length:
                 piece = new[taken : taken + length - len(ids)]
@@ -142,27 +360,87 @@ def pack_rows(
             positions += range(len(new) - taken)
 
 
+def cut(document: Document, length: int) -> Iterator[Document]:
+    """The document in pieces of at most `length` tokens, without those in which nothing is to be predicted."""
+    for start in range(0, len(document.ids), length):
+        piece = Document(document.ids[start : start + length], document.wanted[start : start + length])
+        if piece.wanted[1:].any():
+            yield piece
+
+
+def best_fit(
+    documents: Iterable[Document], length: int, num_rows: int, open_rows: int = OPEN_ROWS
+) -> Iterator[list[Document]]:
+    """At most `num_rows` rows, each a list of pieces that together have at most `length` tokens (arXiv 2404.10830).
+
+    Only documents longer than a row are cut. A piece goes whole into the open row with the least room that holds it,
+    else into a new one. A row comes out when it is full, and the fullest when more than `open_rows` wait. Ends when a
+    piece would need one row more than `num_rows`, or the documents are over; then what is still open comes out.
+    """
+    waiting = []  # (room, number, pieces), the fullest first
+    num_left = num_rows  # rows that may still be opened
+    numbers = itertools.count()  # of equal rooms the one that has waited longest is first
+    for piece in itertools.chain.from_iterable(cut(document, length) for document in documents):
+        place = bisect_left(waiting, (len(piece.ids),))
+        if place < len(waiting):
+            room, _, pieces = waiting.pop(place)
+        elif num_left:
+            room, pieces = length, []
+            num_left -= 1
+        else:
+            break
+        pieces.append(piece)
+        room -= len(piece.ids)
+        if room == 0:
+            yield pieces
+        else:
+            insort(waiting, (room, next(numbers), pieces))
+            if len(waiting) > open_rows:
+                yield waiting.pop(0)[2]
+    for _, _, pieces in waiting:
+        yield pieces
+
+
+def build_row(pieces: list[Document], length: int, filler: int) -> dict[str, np.ndarray]:
+    """The columns of a row. What the pieces leave free holds the token `filler`, as a document that never counts."""
+    row = {
+        "input_ids": np.full(length, filler, np.int32),
+        "position_ids": np.empty(length, np.int32),
+        "counted": np.zeros(length, bool),  # the next token is in the same document and is to be predicted
+    }
+    start = 0
+    for piece in pieces:
+        end = start + len(piece.ids)
+        row["input_ids"][start:end] = piece.ids
+        row["position_ids"][start:end] = np.arange(end - start)
+        row["counted"][start : end - 1] = piece.wanted[1:]
+        start = end
+    row["position_ids"][start:] = np.arange(length - start)
+    return row
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Packed rows on disk
 
 
-def pack_to_disk(path: Path, num_rows: int, description: str, rows) -> int:
-    """Write at most `num_rows` packed rows to an Arrow file; return how many there were."""
+def pack_to_disk(path: Path, rows: Iterable[list[Document]], num_rows: int, length: int, filler: int) -> tuple:
+    """Write rows to an Arrow file; return how many there were and how many tokens of text they hold."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
-    features = Features({"input_ids": List(Value("int32")), "position_ids": List(Value("int32"))})
-    progress = common.Progress(num_rows, "rows", description)
-    count = 0
-    with ArrowWriter(path=str(path), features=features) as writer:
-        for input_ids, position_ids in itertools.islice(rows, num_rows):
-            writer.write({"input_ids": input_ids, "position_ids": position_ids})
+    kinds = {"input_ids": "int32", "position_ids": "int32", "counted": "bool"}
+    progress = common.Progress(num_rows, "rows", f"packing {path.stem} text")
+    count = num_tokens = 0
+    with ArrowWriter(path=str(path), features=Features({n: List(Value(kind)) for n, kind in kinds.items()})) as writer:
+        for pieces in rows:
+            writer.write(build_row(pieces, length, filler))
             progress.update(1)
             count += 1
+            num_tokens += sum(len(piece.ids) for piece in pieces)
         if count:
             writer.finalize()
     progress.close()
-    return count
+    return count, num_tokens
 
 
 def file_state(dataset: str) -> list:
@@ -172,48 +450,91 @@ def file_state(dataset: str) -> list:
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
+def tokenizer_hash(tokenizer) -> str:
+    state = [tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_room(folder: Path, num_rows: int, length: int, settings) -> None:
+    """Say what packing will write and where; PareError where the disk has no room for it."""
+    needed = math.ceil(num_rows * length * BYTES_PER_TOKEN)
+    free = shutil.disk_usage(common.existing_parent(folder)).free
+    print(
+        f"packing text into {folder}: at most {num_rows:,} rows of {length} tokens, {needed / 1e9:.2f} GB; "
+        f"{free / 1e9:.2f} GB are free"
+    )
+    if free < needed + SPARE_BYTES:
+        raise PareError(
+            f"OUTPUT_DIR = {settings.output_dir!r}: the packed text takes up to {needed / 1e9:.2f} GB, and "
+            f"{free / 1e9:.2f} GB are free there.\nMake room, choose another OUTPUT_DIR, or lower TRAIN_TOKENS = "
+            f"{settings.train_tokens}."
+        )
+
+
+def open_mixture(sources: list[TextSource], tokenizer, seed: int | None, teacher: common.Checkpoint) -> Iterator:
+    """Documents of all sources by their weights. All are opened at once, so that a mistake is found before packing."""
+    model = f"TEACHER = {teacher.name!r}"
+    opened = [(open_source(source, seed), source) for source in sources]
+    documents = [read_documents(rows, s, tokenizer, teacher.config.vocab_size, model) for rows, s in opened]
+    return mix(documents, [source.weight for source in sources])
+
+
+def write_part(path: Path, mixture: Iterator, sources: list[TextSource], num_rows: int, length: int, filler: int):
+    """Pack a part of the text, and say how full its rows are and what each source gave."""
+    given = [0] * len(sources)
+
+    def documents() -> Iterator[Document]:
+        for number, document in mixture:
+            given[number] += len(document.ids)
+            yield document
+
+    count, num_tokens = pack_to_disk(path, best_fit(documents(), length, num_rows), num_rows, length, filler)
+    if not count:
+        names = ", ".join(repr(source.name) for source in sources)
+        raise PareError(
+            f"{sources[0].constant}: {names} has too little text for one {path.stem} row of SEQUENCE_LENGTH = {length}."
+            " Give it more text, or lower SEQUENCE_LENGTH or EVAL_TOKENS."
+        )
+    print(f"{path.stem} text: {count:,} rows, {1 - num_tokens / (count * length):.2%} of their tokens are padding")
+    if len(sources) > 1:
+        for source, tokens in zip(sources, given, strict=True):
+            print(f"  {tokens / sum(given):.2%} from {source.name}")
+
+
 def prepare_data(folder: Path, teacher: common.Checkpoint, settings) -> tuple:
     """Held-out and training rows as memory-mapped datasets, packed once and reused while nothing changed, and the
     hashes of their files.
 
-    The held-out part is the text of EVAL_DATASET, or the first documents of DATASET, which then are not trained on.
+    The held-out part is the text of EVAL_DATASETS, or the first documents of DATASETS, which then are not trained on.
     """
     import datasets
 
     tokenizer = common.load_tokenizer(teacher, "TEACHER")
+    length, train, held_out = settings.sequence_length, settings.datasets, settings.eval_datasets
+    num_rows = {
+        "held_out": max(1, settings.eval_tokens // length),
+        "train": settings.num_steps * settings.rows_per_step,
+    }
+    sources = [*train, *(held_out or [])]
     key = {
-        "tokenizer": hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
-        "files": [file_state(name) for name in (settings.dataset, settings.eval_dataset) if name],
-        **{name: getattr(settings, name) for name in ("dataset", "dataset_config", "dataset_split", "text_column")},
-        **{name: getattr(settings, name) for name in ("eval_dataset", "sequence_length", "eval_tokens", "seed")},
-        "train_rows": settings.num_steps * settings.rows_per_step,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "sources": [asdict(source) for source in sources],
+        "files": [file_state(source.name) for source in sources],
+        "num_rows": num_rows,
+        "sequence_length": length,
+        "seed": settings.seed,
+        "open_rows": OPEN_ROWS,
     }
     record = folder / "pare.json"
-    paths = {part: folder / f"{part}.arrow" for part in ("held_out", "train")}
+    paths = {part: folder / f"{part}.arrow" for part in num_rows}
     there = record.is_file() and all(path.is_file() for path in paths.values())
     if not there or json.loads(record.read_text())["key"] != key:
-        length, vocab_size = settings.sequence_length, teacher.config.vocab_size
-
-        def text(name, constant, seed=None):
-            columns = settings.dataset_config, settings.dataset_split, settings.text_column
-            return open_text(name, *columns, shuffle_seed=seed, constant=constant)
-
-        documents = text(settings.dataset, "DATASET", settings.seed)
-        held_out, source = documents, "DATASET"
-        if settings.eval_dataset is not None:
-            held_out, source = text(settings.eval_dataset, "EVAL_DATASET"), "EVAL_DATASET"
-        parts = {  # held-out text is read one document at a time: what is read ahead is lost to training
-            "held_out": (source, max(1, settings.eval_tokens // length), held_out, 1),
-            "train": ("DATASET", key["train_rows"], documents, 64),
-        }
+        check_room(folder, sum(num_rows.values()), length, settings)
+        mixture = open_mixture(train, tokenizer, settings.seed, teacher)
+        first = (mixture, train) if held_out is None else (open_mixture(held_out, tokenizer, None, teacher), held_out)
         with common.new_folder(folder, "distill.py") as temporary:
-            for part, (constant, num_rows, part_documents, read_ahead) in parts.items():
-                rows = pack_rows(part_documents, tokenizer, length, vocab_size, read_ahead)
-                if not pack_to_disk(temporary / f"{part}.arrow", num_rows, f"packing {part} text", rows):
-                    raise PareError(
-                        f"{constant} = {getattr(settings, constant.lower())!r} has too little text for one {part} row "
-                        f"of SEQUENCE_LENGTH = {length}. Give it more text, or lower SEQUENCE_LENGTH or EVAL_TOKENS."
-                    )
+            for part, text in {"held_out": first, "train": (mixture, train)}.items():
+                write_part(temporary / f"{part}.arrow", *text, num_rows[part], length, tokenizer.eos_token_id)
             common.write_json(temporary / "pare.json", {"script": "distill.py", "key": key})
     rows = [datasets.Dataset.from_file(str(path)).with_format("numpy") for path in paths.values()]
     return *rows, {part: common.hash_file(path) for part, path in paths.items()}
@@ -235,13 +556,6 @@ def epoch_order(epoch: int, num_rows: int, seed: int) -> list[int]:
     return torch.randperm(num_rows, generator=generator).tolist()
 
 
-def counted(position_ids: torch.Tensor) -> torch.Tensor:
-    """(B, T) bool: True where the next token is in the same document of the same row."""
-    mask = torch.zeros_like(position_ids, dtype=torch.bool)
-    mask[:, :-1] = position_ids[:, 1:] == position_ids[:, :-1] + 1
-    return mask
-
-
 @dataclass(frozen=True)
 class Batch:
     input_ids: torch.Tensor  # (B, T) int64
@@ -253,5 +567,5 @@ def fetch(rows, indices, device: torch.device) -> Batch:
     """Some rows on the device. What counts is found before the transfer, so that nobody waits for the device."""
     columns = rows[list(indices)]
     input_ids, position_ids = (torch.as_tensor(columns[name]).long() for name in ("input_ids", "position_ids"))
-    where = counted(position_ids).flatten().nonzero().squeeze(1)
+    where = torch.as_tensor(columns["counted"]).flatten().nonzero().squeeze(1)
     return Batch(*(tensor.to(device) for tensor in (input_ids, position_ids, where)))

@@ -169,13 +169,14 @@ def main() -> Path:
     output.mkdir(parents=True)
     common.write_json(output / "pare.json", common.run_record(script))
     text = write_text(output)
-    common_constants = {"DATASET_CONFIG": None, "SEQUENCE_LENGTH": 256, "SEED": SEED, "DEVICE": "cpu"}
+    common_constants = {"SEQUENCE_LENGTH": 256, "SEED": SEED, "DEVICE": "cpu"}
 
     print("=== importance_analysis.py", flush=True)
     configure(
         importance_analysis,
         MODEL=str(TEACHER),
         DATASET=text["train"],
+        DATASET_CONFIG=None,
         NUM_SAMPLES=NUM_SAMPLES,
         BATCH_SIZE=16,
         SCORES_PATH=str(output / "importance_scores.pt"),
@@ -198,8 +199,8 @@ def main() -> Path:
             TEACHER=str(TEACHER),
             STUDENT=str(student),
             OUTPUT_DIR=str(folder),
-            DATASET=text["train"],
-            EVAL_DATASET=text["held_out"],
+            DATASETS=text["train"],
+            EVAL_DATASETS=text["held_out"],
             TRAIN_TOKENS=TRAIN_TOKENS,
             **DISTILLATION,
             **common_constants,

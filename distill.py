@@ -33,11 +33,8 @@ TEACHER: str = "allenai/Olmo-3-7B-Instruct"  # Hub id or local folder
 REVISION: str | None = None  # commit, tag or branch of the teacher's Hub id
 STUDENT: str = "pruned"  # what prune.py wrote: folder or Hub id
 OUTPUT_DIR: str = "distilled"  # a folder of its own; an unfinished run in it is continued
-DATASET: str = "HuggingFaceFW/fineweb-edu"  # Hub id, .jsonl, .json, .parquet or .txt file, folder, or saved dataset
-DATASET_CONFIG: str | None = "sample-10BT"  # configuration of a Hub dataset, None for local files
-DATASET_SPLIT: str = "train"  # local files have this one only
-TEXT_COLUMN: str = "text"  # the column of DATASET that holds the documents
-EVAL_DATASET: str | None = None  # held-out text like DATASET; None holds out the first documents of DATASET
+DATASETS: str | list = [{"name": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT"}]  # one source or several: README
+EVAL_DATASETS: str | list | None = None  # held-out text like DATASETS; None holds out the first documents of DATASETS
 SEQUENCE_LENGTH: int = 4096  # tokens per row
 TRAIN_TOKENS: int = 500_000_000  # the papers use 94B; most of the recovery comes early
 TOKENS_PER_STEP: int = 2**18  # per optimizer step
@@ -237,7 +234,7 @@ def check_same_run(folder: Path, record: dict) -> None:
 def check_same_text(folder: Path, record: dict) -> None:
     if json.loads((folder / "pare.json").read_text())["data"] != record["data"]:
         raise PareError(
-            f"DATASET = {record['constants']['DATASET']!r} is not the text that OUTPUT_DIR was started with.\n"
+            f"DATASETS = {record['constants']['DATASETS']!r}: not the text that OUTPUT_DIR was started with.\n"
             "Put that back to continue it, or choose another OUTPUT_DIR."
         )
 
@@ -441,7 +438,7 @@ def model_card(teacher: common.Checkpoint, student: common.Checkpoint, before: d
         teacher=teacher.name,
         title=Path(student.name).name,
         tokens=record["tokens"],
-        dataset=record["constants"]["DATASET"],
+        dataset="`, `".join(source.name for source in data.read_sources(record["constants"]["DATASETS"], "DATASETS")),
         loss=record["constants"]["LOSS"],
         sizes="\n".join(["| | teacher | student |", "|---|---|---|", *sizes]),
         figures="\n".join(f"| {title} | {before[key]:.4f} | {after[key]:.4f} |" for key, title in FIGURES.items()),
@@ -514,6 +511,9 @@ def derive_settings(constants: dict) -> SimpleNamespace:
     common.check_choice("REPORT_TO", settings.report_to, [None, "wandb", "trackio"])
     if settings.report_to and importlib.util.find_spec(settings.report_to) is None:
         raise PareError(f"REPORT_TO = {settings.report_to!r} is not installed: run `uv add {settings.report_to}`.")
+    settings.datasets = data.read_sources(settings.datasets, "DATASETS")
+    if settings.eval_datasets is not None:
+        settings.eval_datasets = data.read_sources(settings.eval_datasets, "EVAL_DATASETS")
     micro_batch_tokens = settings.micro_batch_size * settings.sequence_length
     if settings.tokens_per_step % micro_batch_tokens:
         nearest = max(1, round(settings.tokens_per_step / micro_batch_tokens)) * micro_batch_tokens

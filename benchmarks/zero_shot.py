@@ -170,8 +170,8 @@ class Seed:
         output = self.folder / "distilled"
         shutil.rmtree(output, ignore_errors=True)
         settings = {"TEACHER": str(demo.TEACHER), "STUDENT": str(self.folder / "out"), "OUTPUT_DIR": str(output)}
-        settings |= {"DATASET": self.text, "DATASET_CONFIG": None, "SEQUENCE_LENGTH": 256, "SEED": self.seed}
-        settings |= demo.DISTILLATION | {"EVAL_DATASET": self.held_out, "EVAL_EVERY": 1000, "SAVE_EVERY": 1000}
+        settings |= {"DATASETS": self.text, "SEQUENCE_LENGTH": 256, "SEED": self.seed}
+        settings |= demo.DISTILLATION | {"EVAL_DATASETS": self.held_out, "EVAL_EVERY": 1000, "SAVE_EVERY": 1000}
         demo.configure(distill, DEVICE="cpu", TRAIN_TOKENS=demo.TRAIN_TOKENS, **settings)
         quietly(distill.main)
         return self.evaluation(output / "model")

@@ -64,8 +64,7 @@ def refused(checkpoints, text, scores, tmp_path):
             "TEACHER": str(checkpoints["olmo3"]),
             "STUDENT": str(checkpoints["olmo3"]),
             "OUTPUT_DIR": str(tmp_path / "out"),
-            "DATASET": text,
-            "DATASET_CONFIG": None,
+            "DATASETS": text,
             "SEQUENCE_LENGTH": 32,
             "TRAIN_TOKENS": 256,
             "TOKENS_PER_STEP": 64,
@@ -474,19 +473,88 @@ def test_a_tokenizer_that_does_not_belong_to_the_model():
 # Text
 
 
-@pytest.mark.parametrize("script", [importance_analysis, distill])
-def test_text_that_is_missing_or_wrong(script, refused, tmp_path):
-    contains(refused(script, DATASET=str(tmp_path / "no.jsonl")), "DATASET = ", "does not exist")
+def test_text_that_is_missing_or_wrong(refused, tmp_path):
+    def message(**constants):
+        return refused(importance_analysis, **constants)
+
+    contains(message(DATASET=str(tmp_path / "no.jsonl")), "DATASET = ", "does not exist")
     (tmp_path / "empty.jsonl").write_text("")
-    contains(refused(script, DATASET=str(tmp_path / "empty.jsonl")), "DATASET = ", "is empty")
-    contains(refused(script, TEXT_COLUMN="content"), "TEXT_COLUMN = 'content'", "'text'")
-    contains(refused(script, DATASET_SPLIT="validation"), "DATASET_SPLIT = 'validation'", "'train'")
+    contains(message(DATASET=str(tmp_path / "empty.jsonl")), "DATASET = ", "is empty")
+    contains(message(TEXT_COLUMN="content"), "TEXT_COLUMN = 'content'", "'text'")
+    contains(message(DATASET_SPLIT="validation"), "DATASET_SPLIT = 'validation'", "'train'")
     (tmp_path / "numbers.jsonl").write_text('{"text": 7}\n')
-    contains(refused(script, DATASET=str(tmp_path / "numbers.jsonl")), "TEXT_COLUMN = 'text'", "int, not text")
+    contains(message(DATASET=str(tmp_path / "numbers.jsonl")), "TEXT_COLUMN = 'text'", "int, not text")
+    (tmp_path / "chats.jsonl").write_text('{"text": [{"role": "user", "content": "Hi"}]}\n')
+    contains(message(DATASET=str(tmp_path / "chats.jsonl")), "TEXT_COLUMN = 'text'", "list, not text")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    contains(refused(script, DATASET=str(tmp_path / "broken.jsonl")), "DATASET = ", "cannot be read")
+    contains(message(DATASET=str(tmp_path / "broken.jsonl")), "DATASET = ", "cannot be read")
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
-    contains(refused(script, DATASET=str(tmp_path / "image.png")), "DATASET = ", ".jsonl", ".parquet")
+    contains(message(DATASET=str(tmp_path / "image.png")), "DATASET = ", ".jsonl", ".parquet")
+
+
+FILES = {  # what a user may give as a source, and what is in it
+    "empty.jsonl": "",
+    "numbers.jsonl": '{"text": 7}\n',
+    "broken.jsonl": '{"text": "a"}\n{"text": \n',
+    "image.png": "PNG",
+    "other.jsonl": '{"title": "a", "body": "b"}\n',
+    "pairs.jsonl": '{"messages": [["user", "Hi"]]}\n',
+    "mixed.jsonl": '{"messages": [{"role": "user", "content": "Hi"}]}\n{"messages": []}\n{"messages": null}\n',
+    "good.jsonl": '{"text": "a few words"}\n',
+}
+SOURCES = [  # (the source, what the message holds)
+    ({"name": "no.jsonl"}, ["'no.jsonl' does not exist"]),
+    ({"name": "empty.jsonl"}, ["'empty.jsonl' is empty"]),
+    ({"name": "good.jsonl", "column": "content"}, ["with column 'content'", "has the columns 'text'"]),
+    ({"name": "other.jsonl"}, ["with column 'text'", "has the columns 'title', 'body'"]),
+    ({"name": "good.jsonl", "split": "validation"}, ["with split 'validation'", "has the splits 'train'"]),
+    ({"name": "numbers.jsonl"}, ["int, not text"]),
+    ({"name": "pairs.jsonl"}, ["list, not chats", "'role'"]),
+    ({"name": "mixed.jsonl"}, ["with column 'messages'", "holds NoneType, not"]),
+    ({"name": "broken.jsonl"}, ["cannot be read"]),
+    ({"name": "image.png"}, [".jsonl", ".parquet"]),
+    ({"name": "good.jsonl", "wieght": 2}, ["a key 'wieght'", "name, config, split, column, weight"]),
+    ({"name": "good.jsonl", "weight": 0}, ["weight 0", "greater than 0"]),
+    ({"name": "good.jsonl", "weight": -1.5}, ["weight -1.5", "greater than 0"]),
+    ({"name": "good.jsonl", "weight": float("nan")}, ["weight nan", "greater than 0"]),
+    ({"name": "good.jsonl", "weight": True}, ["weight True", "greater than 0"]),
+    ({"name": "good.jsonl", "weight": "2"}, ["weight '2'", "greater than 0"]),
+    ({"name": "good.jsonl", "split": None}, ["split None", "must be text"]),
+    ({"name": "good.jsonl", "config": 3}, ["config 3", "text or None"]),
+    ({"config": None}, ["is no source", "'name'"]),
+    (["good.jsonl"], ["is no source"]),
+    (7, ["7 is no source"]),
+]
+
+
+@pytest.mark.parametrize("constant", ["DATASETS", "EVAL_DATASETS"])
+@pytest.mark.parametrize("number", range(len(SOURCES)))
+def test_sources_that_are_missing_or_wrong(number, constant, refused, text, tmp_path, monkeypatch):
+    """Alone and as the second of two, in what is trained on and in what is held out."""
+    monkeypatch.chdir(tmp_path)
+    for name, content in FILES.items():
+        (tmp_path / name).write_text(content)
+    source, parts = SOURCES[number]
+    contains(refused(distill, **{constant: [source]}), f"{constant}: ", *parts)
+    contains(refused(distill, **{constant: [text, source]}), f"{constant}: ", *parts)
+
+
+def test_lists_of_sources_that_are_none(refused, text):
+    for nothing in ("", []):
+        contains(refused(distill, DATASETS=nothing), f"DATASETS = {nothing!r}", "no source")
+        contains(refused(distill, EVAL_DATASETS=nothing), f"EVAL_DATASETS = {nothing!r}", "no source")
+    contains(refused(distill, DATASETS=3), "DATASETS = 3", "text or a list")
+    contains(refused(distill, EVAL_DATASETS={"name": text}), "EVAL_DATASETS = ", "text or a list or None")
+    contains(refused(distill, DATASETS=[text, {"name": text, "weight": 2}]), "DATASETS: ", "twice", "weight")
+    contains(refused(distill, DATASETS=[text, {"name": text, "column": "text"}]), "DATASETS: ", "twice", "weight")
+    contains(refused(distill, DATASETS="a\0b"), "DATASETS = ", "no path")
+
+
+def test_a_disk_too_small_for_the_packed_text(refused, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3 * 10**9))
+    constants = {"TRAIN_TOKENS": 2**29, "TOKENS_PER_STEP": 2**20}
+    contains(refused(distill, **constants), "OUTPUT_DIR = ", "4.36 GB", "3.00 GB are free", f"TRAIN_TOKENS = {2**29}")
 
 
 def test_too_little_text(refused, tmp_path):
@@ -496,23 +564,41 @@ def test_too_little_text(refused, tmp_path):
     assert 0 < rows < 100_000
     (tmp_path / "short.jsonl").write_text('{"text": "a few words"}\n')
     contains(refused(importance_analysis, DATASET=str(tmp_path / "short.jsonl")), "SEQUENCE_LENGTH = 40", "too little")
-    contains(refused(distill, DATASET=str(tmp_path / "short.jsonl")), "DATASET = ", "too little text", "EVAL_TOKENS")
+    contains(refused(distill, DATASETS=str(tmp_path / "short.jsonl")), "DATASETS: ", "too little text", "EVAL_TOKENS")
+    (tmp_path / "one_token.jsonl").write_text('{"text": "<|endoftext|>"}\n')
+    message = refused(distill, EVAL_DATASETS=[str(tmp_path / "one_token.jsonl")])
+    contains(message, "EVAL_DATASETS: ", "one_token.jsonl", "too little text", "held_out", "SEQUENCE_LENGTH = 32")
 
 
 def test_a_dataset_on_the_hub_without_network(refused, monkeypatch):
     import datasets
 
-    def unreachable(*args, **kwargs):
+    load_dataset = datasets.load_dataset
+
+    def unreachable(name, *args, **kwargs):
+        if name == "json":  # of a local file
+            return load_dataset(name, *args, **kwargs)
         raise ConnectionError("Couldn't reach 'org/data' on the Hub (LocalEntryNotFoundError)")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     contains(refused(importance_analysis, DATASET="org/data"), "DATASET = 'org/data'", "local .jsonl", "demo.py")
+    contains(refused(distill, DATASETS="org/data"), "DATASETS: 'org/data'", "local .jsonl", "demo.py")
+    contains(refused(distill, EVAL_DATASETS=["org/data"]), "EVAL_DATASETS: 'org/data'", "local .jsonl", "demo.py")
 
     def missing(*args, **kwargs):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/data' doesn't exist on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", missing)
     contains(refused(importance_analysis, DATASET="org/data"), "DATASET = 'org/data'", "neither a file here")
+    contains(refused(distill, DATASETS="org/data"), "DATASETS: 'org/data'", "neither a file here")
+
+    def no_such_config(*args, **kwargs):
+        raise ValueError("BuilderConfig 'x' not found. Available: ['a', 'b']")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_such_config)
+    source = {"name": "org/data", "config": "x"}
+    contains(refused(distill, DATASETS=[source]), "DATASETS: 'org/data' with config 'x'", "Available: ['a', 'b']")
+    contains(refused(importance_analysis, DATASET="org/data"), "DATASET_CONFIG = None", "Available: ['a', 'b']")
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet", "txt", "folder", "saved", "saved_splits"])

@@ -1,6 +1,5 @@
-"""The loss against float64, packing, resuming after a kill, and what a run writes."""
+"""The loss against float64, resuming after a kill, and what a run writes."""
 
-import itertools
 import json
 import math
 import signal
@@ -39,6 +38,22 @@ def relative_error(value, reference) -> float:
     return ((value.double() - reference).norm() / reference.norm()).item()
 
 
+class Rows:
+    """Packed rows of 32 tokens in memory."""
+
+    def __init__(self, num_rows: int):
+        documents = data.read_documents(iter(DOCUMENTS), data.TextSource("text"), build_tokenizer(), 300, "TEACHER")
+        rows = [data.build_row(pieces, 32, filler=0) for pieces in data.best_fit(documents, 32, num_rows)]
+        assert len(rows) == num_rows
+        self.columns = {name: torch.stack([torch.from_numpy(row[name]) for row in rows]) for name in rows[0]}
+
+    def __len__(self):
+        return len(self.columns["input_ids"])
+
+    def __getitem__(self, indices):
+        return {name: column[indices].long() for name, column in self.columns.items()}
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_training_step_equals_full_float64_logits_in_any_split(tied, pair, text, tmp_path):
     """distill.train_step itself: loss, gradient norm and every gradient, for micro-batches of 1, 2 and 4 rows with
@@ -48,9 +63,9 @@ def test_a_training_step_equals_full_float64_logits_in_any_split(tied, pair, tex
         random_model(CONFIGS["olmo3"](vocab_size=300), seed=1),
         random_model(CONFIGS["olmo3"](**shape), 2),
     )
-    rows = list(itertools.islice(data.pack_rows(DOCUMENTS, build_tokenizer(), 32, 300), 4))
-    input_ids, position_ids = (torch.tensor([row[i] for row in rows]) for i in (0, 1))
-    mask = data.counted(position_ids)
+    rows = Rows(4)
+    input_ids, position_ids, mask = rows[:].values()
+    mask = mask.bool()
     assert len({int(row.sum()) for row in mask}) > 1
     options = {"position_ids": position_ids, "use_cache": False}
     logits = student(input_ids, **options).logits[mask].double() / 2
@@ -72,16 +87,12 @@ def test_a_training_step_equals_full_float64_logits_in_any_split(tied, pair, tex
         def zero_grad(self, set_to_none):
             student.zero_grad()
 
-    class Rows(list):
-        def __getitem__(self, indices):
-            return {"input_ids": input_ids[indices], "position_ids": position_ids[indices]}
-
     constants = run_constants(pair, text, tmp_path, TOKENS_PER_STEP=128, TEMPERATURE=2.0, LOSS_CHUNK_BYTES=10_000)
     defaults = {name: getattr(distill, name) for name in common.constants_of(distill)}
     student.zero_grad()
     for micro_batch_size in (1, 2, 4):
         settings = distill.derive_settings(defaults | constants | {"MICRO_BATCH_SIZE": micro_batch_size})
-        loss, gradient_norm = distill.train_step(student, teacher, Rows([0] * 4), Optimizer(), 0, settings)
+        loss, gradient_norm = distill.train_step(student, teacher, rows, Optimizer(), 0, settings)
         assert loss == pytest.approx(expected.item(), rel=1e-5)
         assert gradient_norm == pytest.approx(norm, rel=1e-4)
         clip = min(1.0, 1.0 / (gradient_norm + 1e-6))
@@ -103,53 +114,6 @@ def test_norms_and_biases_are_not_decayed_and_the_rate_is_a_warmed_cosine(pair, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Packing
-
-
-def test_rows_hold_every_token_and_positions_restart():
-    tokenizer = build_tokenizer()
-    rows = list(data.pack_rows(DOCUMENTS, tokenizer, 50, 300))
-    stream = [token for document in DOCUMENTS for token in [*tokenizer(document)["input_ids"], 0]]
-    assert [token for ids, _ in rows for token in ids] == stream[: len(stream) // 50 * 50]
-    for ids, positions in rows:
-        expected, position = [], 0
-        for token in ids:
-            expected.append(position)
-            position = 0 if token == 0 else position + 1
-        assert positions == expected
-        mask = data.counted(torch.tensor([positions]))[0]
-        assert mask.tolist() == [token != 0 for token in ids[:-1]] + [False]
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("family", ["olmo3", "olmo2", "llama"])
-def test_packed_documents_do_not_see_each_other(family, training):
-    """As teacher (eval) and as student (train, with gradient checkpointing)."""
-    model = random_model(CONFIGS[family](vocab_size=300))
-    if training:
-        model.train()
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    first, second = (torch.randint(2, 300, (1, n), generator=torch.Generator().manual_seed(n)) for n in (19, 26))
-    positions = torch.cat([torch.arange(19), torch.arange(26)])[None]
-    other = torch.randint(2, 300, (1, 45), generator=torch.Generator().manual_seed(0))  # another row of the batch
-    rows = torch.cat([torch.cat([first, second], dim=1), other])
-    together = distill.hidden_states(model, rows, torch.cat([positions, torch.arange(45)[None]]))[:1]
-    apart = [distill.hidden_states(model, ids, torch.arange(ids.shape[1])[None]) for ids in (first, second)]
-    logits = [model.lm_head(states) for states in (together, torch.cat(apart, dim=1))]
-    torch.testing.assert_close(*logits, rtol=1e-4, atol=2e-5)
-
-
-def test_row_order_is_a_permutation_of_every_epoch_and_a_function_of_the_seed():
-    steps = [data.row_indices(step, 4, 12, seed=3) for step in range(6)]
-    first, second = [*itertools.chain(*steps[:3])], [*itertools.chain(*steps[3:])]
-    assert sorted(first) == sorted(second) == list(range(12))
-    assert first != second
-    assert data.row_indices(4, 4, 12, seed=3) == steps[4]
-    assert data.row_indices(4, 4, 12, seed=4) != steps[4]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
 
@@ -166,8 +130,7 @@ def run_constants(pair, text: str, output, **more) -> dict:
         "TEACHER": str(pair[0]),
         "STUDENT": str(pair[1]),
         "OUTPUT_DIR": str(output),
-        "DATASET": text,
-        "DATASET_CONFIG": None,
+        "DATASETS": text,
         "SEQUENCE_LENGTH": 32,
         "TRAIN_TOKENS": 12 * 128,
         "TOKENS_PER_STEP": 128,
@@ -240,7 +203,7 @@ def test_evaluation_equals_full_logits(finished, pair, text):
     rows = datasets.Dataset.from_file(str(output / "data" / "held_out.arrow"))
     input_ids, position_ids = torch.tensor(rows["input_ids"][:]), torch.tensor(rows["position_ids"][:])
     teacher, student = load(pair[0]), load(pair[1])
-    mask = data.counted(position_ids)
+    mask = torch.tensor(rows["counted"][:])
     labels = input_ids.roll(-1, 1)[mask]
     options = {"position_ids": position_ids, "use_cache": False}
     with torch.no_grad():
@@ -284,15 +247,9 @@ def test_the_teacher_is_corrected_without_a_forward_pass_of_its_own(pair, text, 
     settings = distill.derive_settings({n: getattr(distill, n) for n in common.constants_of(distill)} | constants)
     settings.end_of_text = 0
     teacher, student = load(pair[0]), load(pair[0]).float()
-    rows = list(itertools.islice(data.pack_rows(DOCUMENTS, build_tokenizer(), 32, 300), 8))
-    columns = {name: torch.tensor([row[i] for row in rows]) for i, name in enumerate(("input_ids", "position_ids"))}
-
-    class Rows(list):
-        def __getitem__(self, indices):
-            return {name: column[indices] for name, column in columns.items()}
-
+    rows = Rows(8)
     optimizer = distill.build_optimizer(student, settings)
-    values = [distill.train_step(student, teacher, Rows([0] * 8), optimizer, s, settings)[0] for s in range(8)]
+    values = [distill.train_step(student, teacher, rows, optimizer, s, settings)[0] for s in range(8)]
     assert values[-1] < values[0] - 0.3
 
 
@@ -393,7 +350,7 @@ def test_a_run_whose_text_changed_is_not_continued(finished, pair, tmp_path, tex
     output = tmp_path / "run"
     distilled(pair, str(changed), output, TRAIN_TOKENS=4 * 128)
     changed.write_text(changed.read_text().replace("cats", "cows"))
-    with pytest.raises(PareError, match="DATASET"):
+    with pytest.raises(PareError, match="DATASETS"):
         distilled(pair, str(changed), output, TRAIN_TOKENS=4 * 128)
 
 
