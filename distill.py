@@ -587,11 +587,11 @@ def model_record(checkpoint: common.Checkpoint, constant: str) -> dict:
 
 def check_output(output: Path) -> None:
     """Refuse, before any work, an OUTPUT_DIR where something would not be ours to replace, or cannot be written."""
-    for folder in (output, output / "model", output / "data"):
-        common.check_own_folder(folder, "OUTPUT_DIR", "distill.py")
     for folder in (output, output / "checkpoints"):
         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
             raise PareError(f"OUTPUT_DIR = {str(output)!r}: {folder} cannot be written. Choose another.")
+    for folder in (output, output / "model", output / "data"):
+        common.check_own_folder(folder, "OUTPUT_DIR", "distill.py")
 
 
 def open_output(output: Path, record: dict) -> Path | None:
