@@ -736,16 +736,17 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
 
 
 def check_hashes(checkpoint: Checkpoint, constant: str) -> None:
-    """Compare the weights of a model that prune.py wrote with the hashes in its pare.json."""
+    """Compare the weights of a model that prune.py or distill.py wrote with the hashes in its pare.json."""
     try:
-        hashes = dict(json.loads((checkpoint.folder / "pare.json").read_text())["sha256"])
+        record = json.loads((checkpoint.folder / "pare.json").read_text())
+        hashes, script = dict(record["sha256"]), record["script"]
     except (OSError, ValueError, KeyError, TypeError):
         return
     for file in {info.file for info in tensor_infos(checkpoint, constant).values()} & set(hashes):
         if hash_file(checkpoint.folder / file) != hashes[file]:
             raise PareError(
-                f"{constant} = {checkpoint.name!r}: {file} is damaged, or was changed since prune.py wrote it.\n"
-                "Run prune.py again, or, for a change of your own, move the model out, without pare.json."
+                f"{constant} = {checkpoint.name!r}: {file} is damaged, or was changed since {script} wrote it.\n"
+                f"Run {script} again, or, for a change of your own, move the model out, without pare.json."
             )
 
 
@@ -824,10 +825,10 @@ def existing_parent(path: Path) -> Path:
     return next(folder for folder in path.resolve().parents if folder.exists())
 
 
-def check_outside(path: Path, model_folder: Path, constant: str) -> None:
+def check_outside(path: Path, model_folder: Path, constant: str, model: str = "MODEL") -> None:
     if model_folder.is_dir() and path.resolve().is_relative_to(model_folder.resolve()):
         raise PareError(
-            f"{constant} = {str(path)!r} lies in the folder of MODEL, where Pare never writes. Choose another."
+            f"{constant} = {str(path)!r} lies in the folder of {model}, where Pare never writes. Choose another."
         )
 
 

@@ -14,18 +14,34 @@ import importlib.util
 import itertools
 import json
 import math
-import shutil
+import os
+import shlex
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors.torch import load_file, save_file
 
 import common
 import data
 import losses
+from checkpoints import (
+    SaveError,
+    check_finite,
+    check_nothing_in_the_way,
+    check_room,
+    latest_checkpoint,
+    load_checkpoint,
+    read_json,
+    save_checkpoint,
+    step_of,
+    sweep,
+)
 from common import PareError
 from data import Batch, fetch
 
@@ -53,12 +69,15 @@ EVAL_EVERY: int = 100  # steps
 EVAL_TOKENS: int = 2**20  # held-out tokens, in whole rows
 SAVE_EVERY: int = 100  # steps
 KEEP_CHECKPOINTS: int = 2  # the newest ones; at least two, so that a kill while saving leaves one
+MAX_BAD_STEPS: int = 3  # this many in a row without a finite loss and gradient stop the run; fewer are skipped
 REPORT_TO: str | None = None  # None | "wandb" | "trackio"
 SEED: int = 0  # order of the rows
+DETERMINISTIC: bool = True  # on a GPU: the same bits in every run, by slower kernels
 DEVICE: str = "auto"  # auto | cuda | mps | cpu
 DTYPE: str = "auto"  # auto | bfloat16 | float32: of the teacher and of the student's compute; auto is bfloat16 on a GPU
 
-MAY_CHANGE_ON_RESUME = {"OUTPUT_DIR", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "REPORT_TO"}
+MAY_CHANGE_ON_RESUME = {"OUTPUT_DIR", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "MAX_BAD_STEPS", "REPORT_TO"}
+LARGEST_SEED = 2**32 - 1  # times a million and the epoch, it still fits into 64 bits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,67 +169,11 @@ def position_buckets(length: int) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: verified folders
+# Continuing
 
 
-def write_manifest(folder: Path) -> None:
-    files = {path.name: [path.stat().st_size, common.hash_file(path)] for path in sorted(folder.iterdir())}
-    common.write_json(folder / "MANIFEST.json", files)
-
-
-def verifies(folder: Path) -> bool:
-    """True where every file is there with the size and hash of the manifest."""
-    try:
-        files = json.loads((folder / "MANIFEST.json").read_text())
-        return all(
-            (folder / n).stat().st_size == size and common.hash_file(folder / n) == h for n, (size, h) in files.items()
-        )
-    except (OSError, ValueError):
-        return False
-
-
-def save_checkpoint(root: Path, step: int, student, optimizer, record: dict, metrics: Path, keep: int) -> None:
-    """Write `root/step-…`: float32 weights, optimizer state, random state, record and metrics so far.
-
-    Then the oldest go, and any that a run from an older checkpoint has overtaken.
-    """
-    parameters = {name: parameter.detach().contiguous() for name, parameter in student.named_parameters()}
-    state = {"rng.cpu": torch.get_rng_state()}
-    if student.device.type == "cuda":
-        state["rng.cuda"] = torch.cuda.get_rng_state(student.device)
-    for name, parameter in student.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            state[f"{name}.{key}"] = value.contiguous()
-    target = root / f"step-{step:08d}"
-    if target.exists():
-        shutil.rmtree(target)  # damaged, or this run would have started from it
-    with common.new_folder(target, "distill.py") as folder:
-        save_file(parameters, folder / "model.safetensors")
-        save_file(state, folder / "optimizer.safetensors")
-        shutil.copyfile(metrics, folder / "metrics.jsonl")
-        common.write_json(folder / "pare.json", record | {"step": step})
-        write_manifest(folder)
-    checkpoints = sorted(root.glob("step-*"))
-    older = checkpoints.index(target) + 1
-    for folder in checkpoints[: max(0, older - keep)] + checkpoints[older:]:
-        shutil.rmtree(folder)
-
-
-def latest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint that verifies; a damaged one is named and passed over. None where there is none at all."""
-    folders = sorted(root.glob("step-*"), reverse=True)
-    for folder in folders:
-        if verifies(folder):
-            return folder
-        print(f"{folder} is damaged; trying the one before it")
-    if folders:
-        raise PareError(f"OUTPUT_DIR = {str(root.parent)!r}: no checkpoint verifies. Choose another OUTPUT_DIR.")
-    return None
-
-
-def check_same_run(folder: Path, record: dict) -> None:
-    """Refuse to continue from a checkpoint of a run with other constants or other models."""
-    saved = json.loads((folder / "pare.json").read_text())
+def check_same_run(saved: dict, record: dict) -> None:
+    """Refuse to continue a run with other constants or other models."""
     differences = [
         f"{name} = {record['constants'].get(name)!r} (was {saved['constants'].get(name)!r})"
         for name in sorted(record["constants"].keys() | saved["constants"].keys())
@@ -231,35 +194,12 @@ def check_same_run(folder: Path, record: dict) -> None:
         print(f"the run was started with other versions ({saved['versions']}); its last bits may differ")
 
 
-def check_same_text(folder: Path, record: dict) -> None:
-    if json.loads((folder / "pare.json").read_text())["data"] != record["data"]:
+def check_same_text(saved: dict, record: dict) -> None:
+    if saved["data"] != record["data"]:
         raise PareError(
             f"DATASETS = {record['constants']['DATASETS']!r}: not the text that OUTPUT_DIR was started with.\n"
             "Put that back to continue it, or choose another OUTPUT_DIR."
         )
-
-
-def load_checkpoint(folder: Path, student, optimizer) -> int:
-    """Restore weights, optimizer and random state in place; return the step."""
-    weights = load_file(folder / "model.safetensors")
-    state = load_file(folder / "optimizer.safetensors")
-    names = {}
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            parameter.copy_(weights[name])
-            names[parameter] = name
-    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    moments = {
-        index: {key: state[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        for index, name in enumerate(order)
-        if f"{name}.step" in state
-    }
-    # The optimizer puts each tensor where it wants it (a fused `step` on the device, any other on the CPU).
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(state["rng.cpu"])
-    if "rng.cuda" in state:
-        torch.cuda.set_rng_state(state["rng.cuda"], student.device)
-    return json.loads((folder / "pare.json").read_text())["step"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,8 +222,30 @@ def build_optimizer(student, settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=settings.device.type != "mps")
 
 
+def backward(student, teacher, batch: Batch, denominator: int, settings) -> torch.Tensor:
+    """Add a micro-batch's gradients to the student's; returns its part of the loss."""
+    loss = losses.logit_loss(
+        settings.loss,
+        student_states(student, batch, settings),
+        student.get_output_embeddings().weight,
+        teacher_states(teacher, batch) if losses.LOSSES[settings.loss].has_teacher else None,
+        teacher.get_output_embeddings().weight,
+        next_tokens(batch),
+        denominator=denominator,
+        temperature=settings.temperature,
+        beta=settings.jsd_beta,
+        chunk_bytes=settings.loss_chunk_bytes,
+        compile=settings.compile,
+    )
+    loss.backward()
+    return loss.detach()
+
+
 def train_step(student, teacher, rows, optimizer, step: int, settings) -> tuple[float, float]:
-    """One optimizer step; returns loss and gradient norm. One denominator: the counted tokens of the whole step."""
+    """One optimizer step; returns loss and gradient norm, and leaves the weights alone where one is not finite.
+
+    One denominator: the counted tokens of the whole step.
+    """
     indices = data.row_indices(step, settings.rows_per_step, len(rows), settings.seed)
     batches = [
         fetch(rows, indices[start : start + settings.micro_batch_size], settings.device)
@@ -292,67 +254,159 @@ def train_step(student, teacher, rows, optimizer, step: int, settings) -> tuple[
     denominator = max(1, sum(len(batch.counted) for batch in batches))
     total = torch.zeros((), device=settings.device)
     for batch in batches:
-        loss = losses.logit_loss(
-            settings.loss,
-            student_states(student, batch, settings),
-            student.get_output_embeddings().weight,
-            teacher_states(teacher, batch) if losses.LOSSES[settings.loss].has_teacher else None,
-            teacher.get_output_embeddings().weight,
-            next_tokens(batch),
-            denominator=denominator,
-            temperature=settings.temperature,
-            beta=settings.jsd_beta,
-            chunk_bytes=settings.loss_chunk_bytes,
-            compile=settings.compile,
-        )
-        loss.backward()
-        total += loss.detach()
-    gradient_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-    loss, gradient_norm = torch.stack([total.float(), gradient_norm.float()]).tolist()  # the step's one synchronisation
-    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-        raise PareError(
-            f"loss or gradient is not finite at step {step}; it did not reach the weights; checkpoints are intact.\n"
-            f"Start again in another OUTPUT_DIR with less than LEARNING_RATE = {settings.learning_rate}."
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, settings)
-    optimizer.step()
+        total += backward(student, teacher, batch, denominator, settings)
+    parameters = [parameter for parameter in student.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    loss, gradient_norm = torch.stack([total.float(), norm.float()]).tolist()  # the step's one synchronisation
+    if math.isfinite(loss) and math.isfinite(gradient_norm):  # before clipping, which would spread one NaN over all
+        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, gradient_norm
 
 
-def train(student, teacher, held_out, rows, optimizer, first_step: int, log, save, settings) -> None:
-    """Train from `first_step` to the end; `log(step, metrics)` records and `save(step)` writes a checkpoint."""
+def rehearse(student, teacher, rows, optimizer, settings) -> None:
+    """The largest micro-batch forward and backward, beside all that a step keeps, so that memory that runs out does so
+    in the first minute. Weights, optimizer and random state stay as they are."""
+    indices = data.row_indices(0, settings.rows_per_step, len(rows), settings.seed)[: settings.micro_batch_size]
+    batch = fetch(rows, indices, settings.device)
+    B, T = batch.input_ids.shape
+    positions = torch.arange(T, device=settings.device).expand(B, T)  # one document a row: the most counted tokens
+    where = torch.arange(B * T, device=settings.device).view(B, T)[:, :-1].flatten()
+    batch = Batch(batch.input_ids, positions, where)
+    to_come = [parameter for parameter in student.parameters() if parameter not in optimizer.state]
+    moments = [torch.empty_like(parameter) for parameter in [*to_come, *to_come]]
+    if settings.rows_per_step > settings.micro_batch_size:  # every micro-batch but the first finds gradients there
+        for parameter in student.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    with torch.random.fork_rng([settings.device] if settings.device.type == "cuda" else []):
+        backward(student, teacher, batch, len(where), settings)
+    optimizer.zero_grad(set_to_none=True)
+    del moments
+
+
+@contextmanager
+def enough_memory(settings, continued: bool) -> Iterator[None]:
+    """A device that is too small becomes a message with the constants that fit it; the first that can still change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size, length = settings.micro_batch_size, settings.sequence_length
+        smaller = max((n for n in range(1, size // 2 + 1) if size % n == 0), default=0)
+        if smaller:
+            advice = f"MICRO_BATCH_SIZE = {smaller} with TOKENS_PER_STEP = {settings.tokens_per_step}, the same step"
+        elif not settings.gradient_checkpointing:
+            advice = "GRADIENT_CHECKPOINTING = True"
+        else:
+            advice = f"SEQUENCE_LENGTH = {max(2, length // 2)}"
+        elsewhere = " and another OUTPUT_DIR, or free the device: a run continues with its own constants" * continued
+        raise PareError(
+            f"MICRO_BATCH_SIZE = {size} rows of SEQUENCE_LENGTH = {length} do not fit on {settings.device} "
+            f"({common.first_line(error)}).\nSet {advice}{elsewhere}."
+        ) from None
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and the first Ctrl-C instead of dying of them; a second Ctrl-C quits at once."""
+    received = []
+
+    def receive(number, frame):
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+        os.write(2, b"\nfinishing this step, then saving; Ctrl-C (again) quits at once\n")  # print is not reentrant
+
+    if threading.current_thread() is not threading.main_thread():  # others may not have handlers
+        yield received
+        return
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_steps: int, log, save, settings) -> bool:
+    """Train from `first_step`, after `bad_steps` in a row, to the end, or to a signal; True at the end.
+
+    `log(step, metrics)` records, `save(step, bad_steps)` writes a checkpoint.
+    """
     student.train()
-    if first_step == 0:
-        log(0, evaluate(student, teacher, held_out, settings))
+    with enough_memory(settings, first_step > 0):
+        rehearse(student, teacher, rows, optimizer, settings)
+        if first_step == 0:
+            log(0, evaluate(student, teacher, held_out, settings))
     progress = common.Progress(settings.num_steps, "steps", "distilling", done=first_step)
-    for step in range(first_step, settings.num_steps):
-        start = time.monotonic()
-        try:
+    saved = True  # at the last try
+    with stop_signals() as signals, enough_memory(settings, first_step > 0):
+        for step in range(first_step, settings.num_steps):
+            start = time.monotonic()
             loss, gradient_norm = train_step(student, teacher, rows, optimizer, step, settings)
-        except torch.OutOfMemoryError:
-            size = settings.micro_batch_size
-            advice = f"Set MICRO_BATCH_SIZE = {size // 2}." if size > 1 else "Lower SEQUENCE_LENGTH."
-            raise PareError(f"MICRO_BATCH_SIZE = {size} does not fit on {settings.device}. {advice}") from None
-        tokens_per_second = settings.tokens_per_step / (time.monotonic() - start)
-        done, last = step + 1, step + 1 == settings.num_steps
-        metrics = {
-            "loss": loss,
-            "gradient_norm": gradient_norm,
-            "learning_rate": learning_rate(step, settings),
-            "tokens_per_second": tokens_per_second,
-        }
-        text = f"loss {loss:.4f}, lr {metrics['learning_rate']:.1e}, {tokens_per_second:,.0f} tokens/s"
-        if settings.device.type == "cuda":
-            text += f", {torch.cuda.max_memory_allocated(settings.device) / 1e9:.1f} GB"
-        if done % settings.eval_every == 0 or last:
-            metrics |= evaluate(student, teacher, held_out, settings)
-        log(done, metrics)
-        if done % settings.save_every == 0 or last:
-            save(done)
-        progress.update(1, text)
+            tokens_per_second = settings.tokens_per_step / (time.monotonic() - start)
+            done, last = step + 1, step + 1 == settings.num_steps
+            metrics = {
+                "loss": loss,
+                "gradient_norm": gradient_norm,
+                "learning_rate": learning_rate(step, settings),
+                "tokens_per_second": tokens_per_second,
+            }
+            if math.isfinite(loss) and math.isfinite(gradient_norm):
+                bad_steps = 0
+            else:
+                bad_steps += 1
+                indices = data.row_indices(step, settings.rows_per_step, len(rows), settings.seed)
+                metrics |= {"bad_steps": bad_steps, "rows": indices}
+            text = f"loss {loss:.4f}, lr {metrics['learning_rate']:.1e}, {tokens_per_second:,.0f} tokens/s"
+            if settings.device.type == "cuda":
+                text += f", {torch.cuda.max_memory_allocated(settings.device) / 1e9:.1f} GB"
+            if done % settings.eval_every == 0 or last:
+                metrics |= evaluate(student, teacher, held_out, settings)
+            log(done, metrics)
+            check_bad_steps(bad_steps, done, settings)
+            progress.update(1, text)
+            must = last or bool(signals)
+            if must or done % settings.save_every == 0:
+                saved = try_to_save(save, done, bad_steps, must or not saved)
+                if saved and signals:  # also one that came while it was saving
+                    break
     progress.close()
+    return not signals
+
+
+def try_to_save(save, step: int, bad_steps: int, must: bool) -> bool:
+    """Save; False where the disk did not take it. Where it `must`, that is the end."""
+    try:
+        save(step, bad_steps)
+    except SaveError as error:
+        if must:
+            raise
+        print(f"{error}\nTraining goes on to the next save.", flush=True)
+        return False
+    return True
+
+
+def check_bad_steps(bad_steps: int, step: int, settings) -> None:
+    if bad_steps >= settings.max_bad_steps:
+        last = latest_checkpoint(settings.checkpoints)
+        raise PareError(
+            f"loss or gradient was not finite in MAX_BAD_STEPS = {settings.max_bad_steps} steps in a row, up to step "
+            f"{step}. None reached the weights; the last good checkpoint is {last or 'the student itself'}.\n"
+            f"Start again in another OUTPUT_DIR with less than LEARNING_RATE = {settings.learning_rate}, or a higher "
+            f"TEMPERATURE than {settings.temperature}; metrics.jsonl names the rows."
+        )
+
+
+def without_nan(metrics: dict) -> dict:
+    """For JSON, which has no NaN: None in place of what is not finite."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+
+
+def with_nan(metrics: dict) -> dict:
+    return {key: math.nan if value is None else value for key, value in metrics.items()}
 
 
 def open_log(path: Path, checkpoint: Path | None, report_to: str | None, settings, constants: dict):
@@ -368,8 +422,16 @@ def open_log(path: Path, checkpoint: Path | None, report_to: str | None, setting
         tracker.init(project="pare", name=path.parent.name, config=constants)
 
     def log(step: int, metrics: dict) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps({"step": step, "tokens": step * settings.tokens_per_step} | metrics) + "\n")
+        metrics = without_nan(metrics)
+        line = json.dumps({"step": step, "tokens": step * settings.tokens_per_step} | metrics, allow_nan=False)
+        try:
+            with path.open("a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise PareError(
+                f"OUTPUT_DIR = {settings.output_dir!r}: {path.name} could not be written "
+                f"({common.first_line(error)}).\nCheckpoints are intact: make room, and the same command continues."
+            ) from None
         if tracker is not None:
             tracker.log(metrics, step=step)
 
@@ -381,6 +443,7 @@ def open_log(path: Path, checkpoint: Path | None, report_to: str | None, setting
 
 
 def plot(metrics: list[dict], loss: str, path: Path) -> None:
+    metrics = [with_nan(line) for line in metrics]
     steps = [line for line in metrics if "loss" in line]
     evaluations = [line for line in metrics if "held_out_kl" in line]
     tokens = [line["tokens"] for line in evaluations]
@@ -451,12 +514,14 @@ def export(folder: Path, student, checkpoint: common.Checkpoint, card: str, reco
     """Write the student in bfloat16 as a plain Hugging Face folder, with the student's tokenizer and config."""
     with common.new_folder(folder, "distill.py") as temporary:
         state = {name: tensor.detach().to(torch.bfloat16) for name, tensor in student.state_dict().items()}
+        check_finite(state, str(folder))
         student.save_pretrained(temporary, state_dict=state, max_shard_size="5GB")
         common.copy_companions(checkpoint.folder, temporary)
         raw = {key: value for key, value in checkpoint.raw.items() if key != "torch_dtype"} | {"dtype": "bfloat16"}
         common.write_json(temporary / "config.json", raw)
         (temporary / "README.md").write_text(card)
-        common.write_record(temporary, record)
+        hashes = {file: common.hash_file(temporary / file) for file in common.files_in(temporary)}
+        common.write_record(temporary, record | {"sha256": hashes})
         exported = common.find_checkpoint(str(temporary), None, "OUTPUT_DIR")
         common.load_model(exported, torch.bfloat16, torch.device("cpu"), "OUTPUT_DIR")
 
@@ -490,9 +555,11 @@ def derive_settings(constants: dict) -> SimpleNamespace:
         "LEARNING_RATE",
         "TEMPERATURE",
     )
-    common.check_positive(constants, *positive, "EVAL_EVERY", "EVAL_TOKENS", "SAVE_EVERY")
+    common.check_positive(constants, *positive, "EVAL_EVERY", "EVAL_TOKENS", "SAVE_EVERY", "MAX_BAD_STEPS")
     common.check_not_negative(constants, "MIN_LEARNING_RATE", "WARMUP_STEPS", "WEIGHT_DECAY", "SEED")
     settings = SimpleNamespace(**{name.lower(): value for name, value in constants.items()})
+    if settings.seed > LARGEST_SEED:
+        raise PareError(f"SEED = {settings.seed} must be from 0 to {LARGEST_SEED}.")
     if settings.sequence_length < 2:
         raise PareError("SEQUENCE_LENGTH = 1 leaves no next token to predict; set it to 2 or more.")
     if settings.min_learning_rate > settings.learning_rate:
@@ -526,6 +593,7 @@ def derive_settings(constants: dict) -> SimpleNamespace:
             f"TRAIN_TOKENS = {settings.train_tokens} is less than one step; set it to TOKENS_PER_STEP = "
             f"{settings.tokens_per_step} or more."
         )
+    settings.checkpoints = common.output_path("OUTPUT_DIR", settings.output_dir) / "checkpoints"
     settings.num_steps = settings.train_tokens // settings.tokens_per_step
     settings.rows_per_step = settings.tokens_per_step // settings.sequence_length
     settings.device = common.pick_device(settings.device)
@@ -548,8 +616,9 @@ def find_pair(output: Path, settings) -> tuple[common.Checkpoint, common.Checkpo
     teacher = common.find_checkpoint(settings.teacher, settings.revision, "TEACHER")
     student = common.find_checkpoint(settings.student, None, "STUDENT")
     for constant, checkpoint in (("TEACHER", teacher), ("STUDENT", student)):
-        if output.resolve() == checkpoint.folder.resolve():
-            raise PareError(f"OUTPUT_DIR = {settings.output_dir!r} is the folder of {constant} itself; choose another.")
+        if checkpoint.folder.resolve().is_relative_to(output.resolve()):
+            raise PareError(f"OUTPUT_DIR = {settings.output_dir!r} is, or holds, {constant} itself; choose another.")
+        common.check_outside(output, checkpoint.folder, "OUTPUT_DIR", constant)
         common.check_length(checkpoint, settings.sequence_length, constant)
     check_same_vocabulary(teacher, student)
     return teacher, student
@@ -560,72 +629,142 @@ def model_record(checkpoint: common.Checkpoint, constant: str) -> dict:
     return {"name": checkpoint.name, "revision": checkpoint.revision, "weights_hash": weights_hash}
 
 
+def check_output(output: Path) -> None:
+    """Refuse, before any work, an OUTPUT_DIR where something would not be ours to replace, or cannot be written."""
+    for folder in (output, output / "checkpoints"):
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+            raise PareError(f"OUTPUT_DIR = {str(output)!r}: {folder} cannot be written. Choose another.")
+    for folder in (output, output / "model", output / "data"):
+        common.check_own_folder(folder, "OUTPUT_DIR", "distill.py")
+
+
 def open_output(output: Path, record: dict) -> Path | None:
     """Make OUTPUT_DIR ours and return the checkpoint to continue from, if the run in it is the same one."""
-    for debris in (output / "checkpoints").glob(".step-*.tmp"):  # of a save that was killed
-        shutil.rmtree(debris)
+    sweep(output / "checkpoints")
     latest = latest_checkpoint(output / "checkpoints")
+    saved = read_json(output / "pare.json")
     if latest:
-        check_same_run(latest, record)
+        check_same_run(read_json(latest / "pare.json"), record)
+    elif "step" in saved:
+        raise PareError(
+            f"OUTPUT_DIR = {str(output)!r} holds a run of {saved['step']} steps whose checkpoints are gone. Put them "
+            "back to continue it, or choose another OUTPUT_DIR."
+        )
+    check_nothing_in_the_way(output / "checkpoints", step_of(latest) if latest else 0)
     output.mkdir(parents=True, exist_ok=True)
-    if not (output / "pare.json").exists():
+    if not saved:
         common.write_json(output / "pare.json", record)
     return latest
+
+
+def finished_record(output: Path, teacher: common.Checkpoint, record: dict, settings) -> dict | None:
+    """The record of the exported model, where it is there, whole, and of this run."""
+    saved = read_json(output / "model" / "pare.json")
+    if "sha256" not in saved:
+        return None
+    check_same_run(saved, record)
+    if (output / "data").is_dir():
+        check_same_text(saved, record | {"data": data.prepare_data(output / "data", teacher, settings)[2]})
+    files = {output / "model" / name: digest for name, digest in saved["sha256"].items()}
+    whole = all(file.is_file() and common.hash_file(file) == digest for file, digest in files.items())
+    return saved if whole else None
+
+
+@contextmanager
+def deterministic(on: bool, device: torch.device) -> Iterator[None]:
+    """On a GPU, kernels whose sums have one order. cuBLAS reads the variable when it is first used."""
+    if not on or device.type != "cuda":
+        yield
+        return
+    name, before = "CUBLAS_WORKSPACE_CONFIG", torch.are_deterministic_algorithms_enabled()
+    was_set = name in os.environ
+    os.environ.setdefault(name, ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        if not was_set:
+            del os.environ[name]
+
+
+def switch_off_dropout(model) -> None:
+    """In the modules; the config, which is exported, stays as it is. The teacher is to be matched, without noise."""
+    for module in model.modules():
+        rates = [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
+        for name in [*rates, *(["p"] if isinstance(module, torch.nn.Dropout) else [])]:
+            setattr(module, name, 0.0)
 
 
 def load_pair(teacher_checkpoint, student_checkpoint, settings) -> tuple:
     """Teacher in the compute dtype, student in float32, on the device."""
     teacher = common.load_model(teacher_checkpoint, settings.dtype, settings.device, "TEACHER")
     student = common.load_model(student_checkpoint, torch.float32, settings.device, "STUDENT")
+    switch_off_dropout(student)
     if settings.gradient_checkpointing:
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)  # renamed
         enable({"use_reentrant": False})
     return teacher, student
 
 
-def main() -> Path:
-    constants = common.read_constants(sys.modules[__name__])
-    settings = derive_settings(constants)
-    output = common.output_path("OUTPUT_DIR", OUTPUT_DIR)
-    metrics_path = output / "metrics.jsonl"
-    common.check_own_folder(output, "OUTPUT_DIR", "distill.py")
-    teacher_checkpoint, student_checkpoint = find_pair(output, settings)
-    record = common.run_record(
-        sys.modules[__name__],
-        teacher=model_record(teacher_checkpoint, "TEACHER"),
-        student=model_record(student_checkpoint, "STUDENT"),
-        tokens=settings.num_steps * settings.tokens_per_step,
-        device=settings.device.type,
-        dtype=str(settings.dtype)[6:],
-    )
-    latest = open_output(output, record)
-
-    torch.manual_seed(SEED)
+def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, settings) -> dict:
+    """Distil from the newest checkpoint or from the start, and export; returns the exported model's record."""
+    latest, metrics_path = open_output(output, record), output / "metrics.jsonl"
+    torch.manual_seed(settings.seed)
     held_out, rows, record["data"] = data.prepare_data(output / "data", teacher_checkpoint, settings)
     if latest:
-        check_same_text(latest, record)
+        check_same_text(read_json(latest / "pare.json"), record)
     settings.end_of_text = common.load_tokenizer(teacher_checkpoint, "TEACHER").eos_token_id
     teacher, student = load_pair(teacher_checkpoint, student_checkpoint, settings)
     optimizer = build_optimizer(student, settings)
-    first_step = load_checkpoint(latest, student, optimizer) if latest else 0
-    common.write_json(output / "pare.json", record)
+    first_step, bad_steps = load_checkpoint(latest, student, optimizer) if latest else (0, 0)
+    common.write_json(output / "pare.json", record | ({"step": first_step} if latest else {}))
     print_plan(student, rows, first_step, settings)
 
-    log = open_log(metrics_path, latest, REPORT_TO, settings, constants)
+    log = open_log(metrics_path, latest, settings.report_to, settings, record["constants"])
 
-    def save(step):
-        checkpoints = output / "checkpoints"
-        save_checkpoint(checkpoints, step, student, optimizer, record, metrics_path, KEEP_CHECKPOINTS)
+    def save(step: int, bad_steps: int) -> None:
+        more = record | {"bad_steps": bad_steps}
+        save_checkpoint(settings.checkpoints, step, student, optimizer, more, metrics_path, settings.keep_checkpoints)
+        common.write_json(output / "pare.json", record | {"step": step})  # there is something to lose
 
-    train(student, teacher, held_out, rows, optimizer, first_step, log, save, settings)
+    if not train(student, teacher, held_out, rows, optimizer, first_step, bad_steps, log, save, settings):
+        print(f"\nStopped; everything is saved. To continue:\n\n    uv run {shlex.join(sys.argv)}", flush=True)
+        sys.exit(0)
 
     metrics = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     evaluations = [line for line in metrics if "held_out_kl" in line]
     before, after = evaluations[0], evaluations[-1]
-    plot(metrics, LOSS, output / "curves.png")
-    card = model_card(teacher_checkpoint, student_checkpoint, before, after, record)
-    export(output / "model", student, student_checkpoint, card, record | {"before": before, "after": after})
-    print_results(before, after)
+    plot(metrics, settings.loss, output / "curves.png")
+    card = model_card(teacher_checkpoint, student_checkpoint, with_nan(before), with_nan(after), record)
+    record |= {"before": before, "after": after}
+    export(output / "model", student, student_checkpoint, card, record)
+    return record
+
+
+def main() -> Path:
+    constants = common.read_constants(sys.modules[__name__])
+    settings = derive_settings(constants)
+    output = common.output_path("OUTPUT_DIR", OUTPUT_DIR)
+    check_output(output)
+    teacher, student = find_pair(output, settings)
+    with common.lock(output, "OUTPUT_DIR"), deterministic(DETERMINISTIC, settings.device):
+        record = common.run_record(
+            sys.modules[__name__],
+            teacher=model_record(teacher, "TEACHER"),
+            student=model_record(student, "STUDENT"),
+            tokens=settings.num_steps * settings.tokens_per_step,
+            device=settings.device.type,
+            dtype=str(settings.dtype)[6:],
+        )
+        finished = finished_record(output, teacher, record, settings)
+        if finished:
+            print(f"{output}/model is finished already, and whole.")
+        else:
+            shapes = {name: info.shape for name, info in common.tensor_infos(student, "STUDENT").items()}
+            check_room(settings.checkpoints, common.count_parameters(shapes)[0], KEEP_CHECKPOINTS)
+            finished = run(output, teacher, student, record, settings)
+    print_results(with_nan(finished["before"]), with_nan(finished["after"]))
     print(f"\nWrote {output}/model, {output}/curves.png and {output}/metrics.jsonl. Next: vllm serve {output}/model")
     return output / "model"
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +25,10 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
+import checkpoints
 import common
 import data
 import distill
-import losses
 from common import PareError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,9 +316,9 @@ def test_a_killed_run_continues_to_the_same_bits(kill_after, finished, pair, tex
 
 
 def copy_of(finished, tmp_path):
-    import shutil
-
+    """The finished run, not exported yet."""
     shutil.copytree(finished[0], tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "model")
     return tmp_path / "out"
 
 
@@ -341,7 +342,11 @@ def test_a_run_with_other_constants_is_not_continued(finished, pair, text, tmp_p
     other = save_checkpoint(tmp_path / "other", "olmo3", seed=9)
     with pytest.raises(PareError, match="TEACHER"):
         distilled((other, pair[1]), text, output)
-    assert final_bytes(output) == final_bytes(finished[0])
+    checkpoints = [
+        {path.name: path.read_bytes() for path in (folder / "checkpoints" / "step-00000012").iterdir()}
+        for folder in (output, finished[0])
+    ]
+    assert checkpoints[0] == checkpoints[1]
 
 
 def test_a_run_whose_text_changed_is_not_continued(finished, pair, tmp_path, text):
@@ -371,7 +376,7 @@ def test_a_resumed_run_overtakes_a_damaged_newer_checkpoint(pair, text, tmp_path
     for step in (200, 300, 100):
         distill.save_checkpoint(root, step, student, optimizer, {"script": "distill.py"}, metrics, keep=2)
     assert [path.name for path in sorted(root.iterdir())] == ["step-00000100"]
-    assert distill.verifies(root / "step-00000100")
+    assert checkpoints.verifies(root / "step-00000100")
 
 
 def test_bfloat16_compute_learns_and_the_masters_stay_float32(pair, text, tmp_path):
@@ -392,54 +397,6 @@ def test_states_reach_the_lm_head_in_the_compute_dtype(checkpointing, pair, text
     states = distill.student_states(student, batch, settings)
     assert states.dtype == torch.bfloat16
     assert states.shape == (3, 48)
-
-
-def test_a_full_disk_during_a_checkpoint_leaves_the_older_one(pair, text, tmp_path):
-    """A limit on file sizes stands in for the full disk; it strikes in the second run's first save."""
-    program = (
-        "import resource, signal, sys; sys.path[:0] = [sys.argv[1]]\n"
-        "import common, distill\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "common.override_constants(distill, sys.argv[2:])\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try: distill.main()\n"
-        "except common.PareError as error: print('PareError:', error)\n"
-    )
-    first = run_constants(pair, text, tmp_path / "out")
-    killed = start(pair, text, tmp_path / "out")
-    while not (tmp_path / "out" / "checkpoints" / "step-00000003").exists():
-        assert killed.poll() is None, killed.stdout.read()
-        time.sleep(0.002)
-    killed.kill()
-    killed.wait()
-    arguments = [f"{name}={value}" for name, value in first.items()]
-    command = [sys.executable, "-c", program, str(ROOT), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "PareError: OUTPUT_DIR" in result.stdout, result.stdout + result.stderr
-    assert "GB are free" in result.stdout
-    assert distill.latest_checkpoint(tmp_path / "out" / "checkpoints") is not None
-
-
-def test_a_loss_that_is_not_finite_never_reaches_the_weights(pair, text, tmp_path, monkeypatch):
-    original = losses.logit_loss
-
-    def poisoned(*args, **kwargs):
-        return original(*args, **kwargs) * (float("nan") if distill.poison else 1)
-
-    monkeypatch.setattr(losses, "logit_loss", poisoned)
-    monkeypatch.setattr(distill, "poison", False, raising=False)
-    step = distill.train_step
-
-    def poison_from_seven(*args):
-        distill.poison = args[4] == 7
-        return step(*args)
-
-    monkeypatch.setattr(distill, "train_step", poison_from_seven)
-    with pytest.raises(PareError, match="LEARNING_RATE"):
-        distilled(pair, text, tmp_path / "out")
-    assert distill.verifies(tmp_path / "out" / "checkpoints" / "step-00000006")
-    weights = load_file(tmp_path / "out" / "checkpoints" / "step-00000006" / "model.safetensors")
-    assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 TRACKER = """
