@@ -30,6 +30,7 @@ import torch
 import common
 import data
 import losses
+import sharding
 from checkpoints import (
     SaveError,
     check_finite,
@@ -124,28 +125,28 @@ def evaluate(student, teacher, rows, settings) -> dict:
     student.eval()
     starts = torch.tensor(position_buckets(settings.sequence_length), device=settings.device)
     sums = torch.zeros(len(starts) + 7, 2, dtype=torch.float64)  # of a figure, and how many tokens it is of
-    for start in range(0, len(rows), settings.micro_batch_size):
-        batch = fetch(rows, range(start, min(start + settings.micro_batch_size, len(rows))), settings.device)
+    rank, world = common.rank_and_world()
+    size = settings.micro_batch_size
+    for first_of_all in range(0, len(rows), world * size):  # all processes make equally many passes
+        start = first_of_all + rank * size
+        batch = fetch(rows, range(start, min(start + size, len(rows))) or range(1), settings.device)
+        if start >= len(rows):
+            batch = Batch(batch.input_ids, batch.position_ids, batch.counted[:0])
         labels, positions = next_tokens(batch), batch.position_ids.flatten()[batch.counted]
         buckets = torch.bucketize(positions, starts, right=True) - 1
         states, targets = student_states(student, batch, settings), teacher_states(teacher, batch)
-        weight = student.get_output_embeddings().weight.to(states.dtype)
-        teacher_weight = teacher.get_output_embeddings().weight
-        step = losses.chunk_rows(settings.loss_chunk_bytes, len(weight), torch.float32, 4)
-        for first in range(0, len(labels), step):
-            chunk = slice(first, first + step)
-            q_log = torch.log_softmax(losses.project(targets[chunk], teacher_weight, torch.float32), dim=-1)
-            p_log = torch.log_softmax(losses.project(states[chunk], weight, torch.float32), dim=-1)
-            ends = labels[chunk] == settings.end_of_text
-            agreed = p_log.argmax(-1) == q_log.argmax(-1)
-            of_labels = [log.gather(1, labels[chunk, None]).squeeze(1) for log in (p_log, q_log)]
-            q = q_log.exp()
-            entropy = -torch.sum(q_log.clamp_(min=losses.FLOOR).mul(q), dim=1)
-            kl = torch.sum(q_log.sub_(p_log).mul_(q), dim=1)
-            figures = [kl, -of_labels[0], -of_labels[1], entropy, agreed, *(log.exp()[ends] for log in of_labels)]
-            figures += [kl[buckets[chunk] == bucket] for bucket in range(len(starts))]
-            sums[:, 0] += torch.stack([x.double().sum() for x in figures]).cpu()
-            sums[:, 1] += torch.tensor([len(x) for x in figures])
+        with sharding.unsharded_heads(student, teacher):
+            weight, teacher_weight = sharding.head_weight(student).to(states.dtype), sharding.head_weight(teacher)
+            step = losses.chunk_rows(settings.loss_chunk_bytes, len(weight), torch.float32, 4)
+            for first in range(0, len(labels), step):
+                chunk = slice(first, first + step)
+                p_log = torch.log_softmax(losses.project(states[chunk], weight, torch.float32), dim=-1)
+                q_log = torch.log_softmax(losses.project(targets[chunk], teacher_weight, torch.float32), dim=-1)
+                figures = figures_of(p_log, q_log, labels[chunk], settings.end_of_text)
+                figures += [figures[0][buckets[chunk] == bucket] for bucket in range(len(starts))]
+                sums[:, 0] += torch.stack([x.double().sum() for x in figures]).cpu()
+                sums[:, 1] += torch.tensor([len(x) for x in figures])
+    sums = common.sum_over_processes(sums)
     student.train()
     kl, loss, teacher_loss, entropy, agreement, end, teacher_end, *by_position = (
         total / count if count else None for total, count in sums.tolist()
@@ -161,6 +162,17 @@ def evaluate(student, teacher, rows, settings) -> dict:
         "teacher_entropy": entropy,
         "teacher_end_of_text": teacher_end,
     }
+
+
+def figures_of(p_log: torch.Tensor, q_log: torch.Tensor, labels: torch.Tensor, end_of_text: int) -> list[torch.Tensor]:
+    """From log-probabilities (n, V) of student and teacher, which are overwritten: KL, both losses, the teacher's
+    entropy and agreement, each (n,), and both probabilities of the end of the text where it is due."""
+    agreed, ends = p_log.argmax(-1) == q_log.argmax(-1), labels == end_of_text
+    of_labels = [log.gather(1, labels[:, None]).squeeze(1) for log in (p_log, q_log)]
+    q = q_log.exp()
+    entropy = -torch.sum(q_log.clamp_(min=losses.FLOOR).mul(q), dim=1)
+    kl = torch.sum(q_log.sub_(p_log).mul_(q), dim=1)
+    return [kl, -of_labels[0], -of_labels[1], entropy, agreed, *(log.exp()[ends] for log in of_labels)]
 
 
 def position_buckets(length: int) -> list[int]:
@@ -224,19 +236,27 @@ def build_optimizer(student, settings) -> torch.optim.Optimizer:
 
 def backward(student, teacher, batch: Batch, denominator: int, settings) -> torch.Tensor:
     """Add a micro-batch's gradients to the student's; returns its part of the loss."""
-    loss = losses.logit_loss(
-        settings.loss,
-        student_states(student, batch, settings),
-        student.get_output_embeddings().weight,
-        teacher_states(teacher, batch) if losses.LOSSES[settings.loss].has_teacher else None,
-        teacher.get_output_embeddings().weight,
-        next_tokens(batch),
-        denominator=denominator,
-        temperature=settings.temperature,
-        beta=settings.jsd_beta,
-        chunk_bytes=settings.loss_chunk_bytes,
-        compile=settings.compile,
-    )
+    has_teacher = losses.LOSSES[settings.loss].has_teacher
+    targets = teacher_states(teacher, batch) if has_teacher else None
+
+    def loss_of(states, weight):
+        return losses.logit_loss(
+            settings.loss,
+            states,
+            weight,
+            targets,
+            sharding.head_weight(teacher) if has_teacher else None,
+            next_tokens(batch),
+            denominator=denominator,
+            temperature=settings.temperature,
+            beta=settings.jsd_beta,
+            chunk_bytes=settings.loss_chunk_bytes,
+            compile=settings.compile,
+        )
+
+    states = student_states(student, batch, settings)
+    with sharding.unsharded_heads(*[teacher] * has_teacher):
+        loss = sharding.call_with_head(student, states, loss_of)
     loss.backward()
     return loss.detach()
 
@@ -244,19 +264,21 @@ def backward(student, teacher, batch: Batch, denominator: int, settings) -> torc
 def train_step(student, teacher, rows, optimizer, step: int, settings) -> tuple[float, float]:
     """One optimizer step; returns loss and gradient norm, and leaves the weights alone where one is not finite.
 
-    One denominator: the counted tokens of the whole step.
+    Processes take the micro-batches in turn. One denominator: the counted tokens of the whole step, in all of them.
     """
     indices = data.row_indices(step, settings.rows_per_step, len(rows), settings.seed)
-    batches = [
-        fetch(rows, indices[start : start + settings.micro_batch_size], settings.device)
-        for start in range(0, len(indices), settings.micro_batch_size)
-    ]
-    denominator = max(1, sum(len(batch.counted) for batch in batches))
+    rank, world = common.rank_and_world()
+    size = settings.micro_batch_size
+    starts = range(rank * size, len(indices), world * size)
+    batches = [fetch(rows, indices[start : start + size], settings.device) for start in starts]
+    count = torch.tensor(float(sum(len(batch.counted) for batch in batches)), device=settings.device)
+    denominator = common.sum_over_processes(count).clamp(min=1)
     total = torch.zeros((), device=settings.device)
     for batch in batches:
         total += backward(student, teacher, batch, denominator, settings)
     parameters = [parameter for parameter in student.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm = sharding.whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+    total = common.sum_over_processes(total)
     loss, gradient_norm = torch.stack([total.float(), norm.float()]).tolist()  # the step's one synchronisation
     if math.isfinite(loss) and math.isfinite(gradient_norm):  # before clipping, which would spread one NaN over all
         torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
@@ -701,10 +723,11 @@ def load_pair(teacher_checkpoint, student_checkpoint, settings) -> tuple:
     teacher = common.load_model(teacher_checkpoint, settings.dtype, settings.device, "TEACHER")
     student = common.load_model(student_checkpoint, torch.float32, settings.device, "STUDENT")
     switch_off_dropout(student)
+    teacher.requires_grad_(False)
     if settings.gradient_checkpointing:
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)  # renamed
         enable({"use_reentrant": False})
-    return teacher, student
+    return sharding.shard(teacher, settings.dtype), sharding.shard(student, settings.dtype)
 
 
 def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, settings) -> dict:
