@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import common
+import sharding
 from common import PareError
 
 FILES = ("model.safetensors", "optimizer.safetensors", "metrics.jsonl", "pare.json", "MANIFEST.json")
@@ -106,21 +107,33 @@ def check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
             )
 
 
+def whole_on_cpu(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    """In full, in the process of rank 0; all processes must ask for it."""
+    tensor = sharding.whole(tensor.detach())
+    if common.rank_and_world()[0] > 0:
+        return None
+    return tensor.to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+
+
 def save_checkpoint(root: Path, step: int, student, optimizer, record: dict, metrics: Path, keep: int) -> None:
     """Write `root/step-…`: float32 weights, optimizer state, random state, record and metrics so far.
 
+    All processes call it and the one of rank 0 writes, the same files whatever their number.
     Then the oldest go, and any that a run from an older checkpoint has overtaken. Raises SaveError where the disk does
     not take it, and PareError, before anything is written, for weights that are not finite.
     """
-    parameters = {name: parameter.detach().contiguous() for name, parameter in student.named_parameters()}
-    target = root / f"step-{step:08d}"
-    check_finite(parameters, str(target))
+    named = sharding.named_parameters(student)
+    parameters = {name: whole_on_cpu(parameter) for name, parameter in named.items()}
     state = {"rng.cpu": torch.get_rng_state()}
     if student.device.type == "cuda":
         state["rng.cuda"] = torch.cuda.get_rng_state(student.device)
-    for name, parameter in student.named_parameters():
+    for name, parameter in named.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            state[f"{name}.{key}"] = value.contiguous()
+            state[f"{name}.{key}"] = whole_on_cpu(value)
+    if common.rank_and_world()[0] > 0:
+        return
+    target = root / f"step-{step:08d}"
+    check_finite(parameters, str(target))
     temporary = common.temporary_folder(target)
     if target.exists() and not may_remove(target):
         raise SaveError(f"OUTPUT_DIR = {str(root.parent)!r}: {target} is not Pare's alone. Move it away.")
@@ -201,14 +214,15 @@ def load_checkpoint(folder: Path, student, optimizer) -> tuple[int, int]:
     """Restore weights, optimizer and random state in place; return the step and the bad steps in a row before it."""
     weights = load_file(folder / WEIGHTS)
     state = load_file(folder / OPTIMIZER)
-    names = {}
+    named = sharding.named_parameters(student)
+    names = {parameter: name for name, parameter in named.items()}
     with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            parameter.copy_(weights[name])
-            names[parameter] = name
+        for name, parameter in named.items():
+            parameter.copy_(sharding.like(weights[name], parameter))
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
-        index: {key: state[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        index: {"step": state[f"{name}.step"]}
+        | {key: sharding.like(state[f"{name}.{key}"], named[name]) for key in ("exp_avg", "exp_avg_sq")}
         for index, name in enumerate(order)
         if f"{name}.step" in state
     }

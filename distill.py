@@ -42,6 +42,7 @@ from checkpoints import (
     save_checkpoint,
     step_of,
     sweep,
+    whole_on_cpu,
 )
 from common import PareError
 from data import Batch, fetch
@@ -363,7 +364,7 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
         if first_step == 0:
             log(0, evaluate(student, teacher, held_out, settings))
     progress = common.Progress(settings.num_steps, "steps", "distilling", done=first_step)
-    saved = True  # at the last try
+    saved, stopped = True, False  # at the last try; by a signal
     with stop_signals() as signals, enough_memory(settings, first_step > 0):
         for step in range(first_step, settings.num_steps):
             start = time.monotonic()
@@ -390,25 +391,34 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
             log(done, metrics)
             check_bad_steps(bad_steps, done, settings)
             progress.update(1, text)
-            must = last or bool(signals)
+            must = last or any_process(signals)
             if must or done % settings.save_every == 0:
                 saved = try_to_save(save, done, bad_steps, must or not saved)
-                if saved and signals:  # also one that came while it was saving
+                if saved and any_process(signals):  # also one that came while it was saving
+                    stopped = True
                     break
     progress.close()
-    return not signals
+    return not stopped
 
 
 def try_to_save(save, step: int, bad_steps: int, must: bool) -> bool:
     """Save; False where the disk did not take it. Where it `must`, that is the end."""
+    error = None
     try:
         save(step, bad_steps)
-    except SaveError as error:
-        if must:
-            raise
+    except SaveError as refused:
+        error = refused
+    error = common.from_rank_0(error)  # the process that writes
+    if error and must:
+        raise error
+    if error:
         print(f"{error}\nTraining goes on to the next save.", flush=True)
-        return False
-    return True
+    return not error
+
+
+def any_process(received: list) -> bool:
+    """True where one of the processes received a signal."""
+    return bool(common.sum_over_processes(torch.tensor(len(received))))
 
 
 def check_bad_steps(bad_steps: int, step: int, settings) -> None:
@@ -532,12 +542,11 @@ def model_card(teacher: common.Checkpoint, student: common.Checkpoint, before: d
     )
 
 
-def export(folder: Path, student, checkpoint: common.Checkpoint, card: str, record: dict) -> None:
+def export(folder: Path, student, weights: dict, checkpoint: common.Checkpoint, card: str, record: dict) -> None:
     """Write the student in bfloat16 as a plain Hugging Face folder, with the student's tokenizer and config."""
     with common.new_folder(folder, "distill.py") as temporary:
-        state = {name: tensor.detach().to(torch.bfloat16) for name, tensor in student.state_dict().items()}
-        check_finite(state, str(folder))
-        student.save_pretrained(temporary, state_dict=state, max_shard_size="5GB")
+        check_finite(weights, str(folder))
+        student.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
         common.copy_companions(checkpoint.folder, temporary)
         raw = {key: value for key, value in checkpoint.raw.items() if key != "torch_dtype"} | {"dtype": "bfloat16"}
         common.write_json(temporary / "config.json", raw)
@@ -567,7 +576,7 @@ def check_same_vocabulary(teacher: common.Checkpoint, student: common.Checkpoint
         )
 
 
-def derive_settings(constants: dict) -> SimpleNamespace:
+def derive_settings(constants: dict, world: int = 1) -> SimpleNamespace:
     """The constants in lower case, checked, and what follows from them."""
     positive = (
         "SEQUENCE_LENGTH",
@@ -603,12 +612,13 @@ def derive_settings(constants: dict) -> SimpleNamespace:
     settings.datasets = data.read_sources(settings.datasets, "DATASETS")
     if settings.eval_datasets is not None:
         settings.eval_datasets = data.read_sources(settings.eval_datasets, "EVAL_DATASETS")
-    micro_batch_tokens = settings.micro_batch_size * settings.sequence_length
+    micro_batch_tokens = settings.micro_batch_size * settings.sequence_length * world
     if settings.tokens_per_step % micro_batch_tokens:
         nearest = max(1, round(settings.tokens_per_step / micro_batch_tokens)) * micro_batch_tokens
+        each = f" x {world} processes" * (world > 1)
         raise PareError(
-            f"TOKENS_PER_STEP = {settings.tokens_per_step} must be a multiple of MICRO_BATCH_SIZE x SEQUENCE_LENGTH = "
-            f"{micro_batch_tokens}; the nearest is {nearest}."
+            f"TOKENS_PER_STEP = {settings.tokens_per_step} must be a multiple of MICRO_BATCH_SIZE x SEQUENCE_LENGTH"
+            f"{each} = {micro_batch_tokens}; the nearest is {nearest}."
         )
     if settings.train_tokens < settings.tokens_per_step:
         raise PareError(
@@ -732,64 +742,84 @@ def load_pair(teacher_checkpoint, student_checkpoint, settings) -> tuple:
 
 def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, settings) -> dict:
     """Distil from the newest checkpoint or from the start, and export; returns the exported model's record."""
-    latest, metrics_path = open_output(output, record), output / "metrics.jsonl"
+    rank, _ = common.rank_and_world()
+    metrics_path = output / "metrics.jsonl"
+    latest = common.from_rank_0(open_output(output, record) if rank == 0 else None)
     torch.manual_seed(settings.seed)
-    held_out, rows, record["data"] = data.prepare_data(output / "data", teacher_checkpoint, settings)
+    for turn in range(2):  # the process of rank 0 packs, the others find what it packed
+        if (rank > 0) == turn:
+            held_out, rows, record["data"] = data.prepare_data(output / "data", teacher_checkpoint, settings)
+        common.from_rank_0(None)
     if latest:
         check_same_text(read_json(latest / "pare.json"), record)
     settings.end_of_text = common.load_tokenizer(teacher_checkpoint, "TEACHER").eos_token_id
     teacher, student = load_pair(teacher_checkpoint, student_checkpoint, settings)
     optimizer = build_optimizer(student, settings)
     first_step, bad_steps = load_checkpoint(latest, student, optimizer) if latest else (0, 0)
-    common.write_json(output / "pare.json", record | ({"step": first_step} if latest else {}))
     print_plan(student, rows, first_step, settings)
 
-    log = open_log(metrics_path, latest, settings.report_to, settings, record["constants"])
+    log = lambda step, metrics: None  # noqa: E731
+    if rank == 0:
+        common.write_json(output / "pare.json", record | ({"step": first_step} if latest else {}))
+        log = open_log(metrics_path, latest, settings.report_to, settings, record["constants"])
 
     def save(step: int, bad_steps: int) -> None:
         more = record | {"bad_steps": bad_steps}
         save_checkpoint(settings.checkpoints, step, student, optimizer, more, metrics_path, settings.keep_checkpoints)
-        common.write_json(output / "pare.json", record | {"step": step})  # there is something to lose
+        if rank == 0:
+            common.write_json(output / "pare.json", record | {"step": step})  # there is something to lose
 
     if not train(student, teacher, held_out, rows, optimizer, first_step, bad_steps, log, save, settings):
         print(f"\nStopped; everything is saved. To continue:\n\n    uv run {shlex.join(sys.argv)}", flush=True)
         sys.exit(0)
 
-    metrics = [json.loads(line) for line in metrics_path.read_text().splitlines()]
-    evaluations = [line for line in metrics if "held_out_kl" in line]
-    before, after = evaluations[0], evaluations[-1]
-    plot(metrics, settings.loss, output / "curves.png")
-    card = model_card(teacher_checkpoint, student_checkpoint, with_nan(before), with_nan(after), record)
-    record |= {"before": before, "after": after}
-    export(output / "model", student, student_checkpoint, card, record)
-    return record
+    weights = {
+        name: whole_on_cpu(tensor, torch.bfloat16) for name, tensor in sharding.named_parameters(student).items()
+    }
+    if rank == 0:
+        metrics = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+        evaluations = [line for line in metrics if "held_out_kl" in line]
+        before, after = evaluations[0], evaluations[-1]
+        plot(metrics, settings.loss, output / "curves.png")
+        card = model_card(teacher_checkpoint, student_checkpoint, with_nan(before), with_nan(after), record)
+        record |= {"before": before, "after": after}
+        export(output / "model", student, weights, student_checkpoint, card, record)
+    return common.from_rank_0(record)
 
 
 def main() -> Path:
-    constants = common.read_constants(sys.modules[__name__])
-    settings = derive_settings(constants)
-    output = common.output_path("OUTPUT_DIR", OUTPUT_DIR)
-    check_output(output)
-    teacher, student = find_pair(output, settings)
-    with common.lock(output, "OUTPUT_DIR"), deterministic(DETERMINISTIC, settings.device):
-        record = common.run_record(
-            sys.modules[__name__],
-            teacher=model_record(teacher, "TEACHER"),
-            student=model_record(student, "STUDENT"),
-            tokens=settings.num_steps * settings.tokens_per_step,
-            device=settings.device.type,
-            dtype=str(settings.dtype)[6:],
+    with common.processes(DEVICE) as (rank, world):
+        constants = common.read_constants(sys.modules[__name__])
+        settings = derive_settings(constants, world)
+        output = common.output_path("OUTPUT_DIR", OUTPUT_DIR)
+        if rank == 0:
+            check_output(output)
+        teacher, student = find_pair(output, settings)
+        with common.lock(output, "OUTPUT_DIR", rank), deterministic(DETERMINISTIC, settings.device):
+            record = common.from_rank_0(make_record(teacher, student, settings) if rank == 0 else None)
+            finished = common.from_rank_0(finished_record(output, teacher, record, settings) if rank == 0 else None)
+            if finished:
+                print(f"{output}/model is finished already, and whole.")
+            else:
+                shapes = {name: info.shape for name, info in common.tensor_infos(student, "STUDENT").items()}
+                check_room(settings.checkpoints, common.count_parameters(shapes)[0], KEEP_CHECKPOINTS)
+                finished = run(output, teacher, student, record, settings)
+        print_results(with_nan(finished["before"]), with_nan(finished["after"]))
+        print(
+            f"\nWrote {output}/model, {output}/curves.png and {output}/metrics.jsonl. Next: vllm serve {output}/model"
         )
-        finished = finished_record(output, teacher, record, settings)
-        if finished:
-            print(f"{output}/model is finished already, and whole.")
-        else:
-            shapes = {name: info.shape for name, info in common.tensor_infos(student, "STUDENT").items()}
-            check_room(settings.checkpoints, common.count_parameters(shapes)[0], KEEP_CHECKPOINTS)
-            finished = run(output, teacher, student, record, settings)
-    print_results(with_nan(finished["before"]), with_nan(finished["after"]))
-    print(f"\nWrote {output}/model, {output}/curves.png and {output}/metrics.jsonl. Next: vllm serve {output}/model")
     return output / "model"
+
+
+def make_record(teacher: common.Checkpoint, student: common.Checkpoint, settings) -> dict:
+    return common.run_record(
+        sys.modules[__name__],
+        teacher=model_record(teacher, "TEACHER"),
+        student=model_record(student, "STUDENT"),
+        tokens=settings.num_steps * settings.tokens_per_step,
+        device=settings.device.type,
+        dtype=str(settings.dtype)[6:],
+    )
 
 
 def print_plan(student, rows, first_step: int, settings) -> None:

@@ -41,6 +41,7 @@ def shard(model, dtype: torch.dtype):
         register_fsdp_forward_method(head, "call")
     for group in groups:
         group.set_gradient_divide_factor(1.0)  # the sum: the loss has the denominator of the whole step
+        group.set_force_sum_reduction_for_comms(True)
     return model
 
 
@@ -58,6 +59,13 @@ def head_weight(model) -> torch.Tensor:
 
 def embedding_weight(model) -> torch.Tensor:
     return model.get_input_embeddings().weight
+
+
+def named_parameters(model) -> dict[str, torch.nn.Parameter]:
+    """As the optimizer knows them; a pass without gradients leaves the embeddings gathered."""
+    if is_sharded(model):
+        model.base_model.reshard()
+    return dict(model.named_parameters())
 
 
 def is_sharded(model) -> bool:
