@@ -21,11 +21,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 import common
 import data
@@ -63,6 +66,7 @@ WARMUP_STEPS: int = 60  # linear
 WEIGHT_DECAY: float = 0.1  # of matrices; norms and biases have none
 LOSS: str = "forward_kl"  # one of losses.LOSSES; "cross_entropy" with STUDENT = TEACHER corrects the teacher
 JSD_BETA: float = 0.5  # of LOSS = "jsd": towards 0 it acts as the forward KL, towards 1 as the reverse
+HIDDEN_LOSS: bool = False  # beside LOSS, states within the models; for students that lost depth
 TEMPERATURE: float = 1.0  # 1 was best (arXiv 2407.14679 §4.3)
 GRADIENT_CHECKPOINTING: bool = True  # a third more compute for much less memory
 LOSS_CHUNK_BYTES: int | None = None  # memory of the loss beside its gradients; None is 2**30 on a GPU, 2**28 elsewhere
@@ -79,6 +83,7 @@ DEVICE: str = "auto"  # auto | cuda | mps | cpu
 DTYPE: str = "auto"  # auto | bfloat16 | float32: of the teacher and of the student's compute; auto is bfloat16 on a GPU
 
 MAY_CHANGE_ON_RESUME = {"OUTPUT_DIR", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "MAX_BAD_STEPS", "REPORT_TO"}
+PROJECTION = "hidden_projection"  # a module of the student while it trains, where HIDDEN_LOSS needs it
 LARGEST_SEED = 2**32 - 1  # times a million and the epoch, it still fits into 64 bits
 
 
@@ -107,6 +112,52 @@ def student_states(student, batch: "Batch", settings) -> torch.Tensor:
 def teacher_states(teacher, batch: "Batch") -> torch.Tensor:
     """(N, H) states of the counted tokens in the teacher's dtype."""
     return hidden_states(teacher, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.counted]
+
+
+@contextmanager
+def compared_states(model, on) -> Iterator[list[torch.Tensor]]:
+    """Collects, where `on`, the states (B, T, H) that HIDDEN_LOSS compares from the forward pass in the block: the
+    embedding's output, and that of layer (last - 2). The hooks go with the block: checkpointing runs layers again."""
+    base, states = model.base_model, []
+    with ExitStack() as hooks:
+        for module in [base.embed_tokens, base.layers[-3]] if on else []:
+            hooks.enter_context(module.register_forward_hook(lambda module, x, output: states.append(output)))
+        yield states
+
+
+@dataclass
+class HiddenLoss:
+    """L_hidden of arXiv 2407.14679 §3: the mean over two places and all counted tokens of 1 - cos(student, teacher).
+
+    A student's state is compared with the channels x[kept] of the teacher's x, for indices `kept` (H',), or with its
+    directions kept @ x, for (H', H); for None by way of a learned projection, as in the paper. Departures:
+
+    `weight`, L_logits / L_hidden, is that of the optimizer step before (0 in the first; checkpoints hold it), not of
+    the same micro-batch: one number for a whole step is exact in any split of it, without a pass of its own. And states
+    are taken before their norm. Its division changes no cosine; its weight, where there is one (Olmo has none), would
+    let the student lower the loss by that weight alone, and is of channels, not directions.
+    """
+
+    kept: torch.Tensor | None
+    weight: float = 0.0
+    figures: dict = field(default_factory=dict)  # of the last step, for metrics.jsonl
+
+    def __call__(self, student, states: list, targets: list, batch: Batch, denominator: int) -> torch.Tensor:
+        """A micro-batch's part, from states (B, T, H) of student and teacher."""
+        total = 0
+        for pair in zip(states, targets, strict=True):
+            state, target = (x.flatten(0, 1)[batch.counted.to(x.device)].float().to(student.device) for x in pair)
+            if self.kept is None:
+                state = getattr(student, PROJECTION)(state)
+            else:
+                target = target[:, self.kept] if self.kept.ndim == 1 else target @ self.kept.T
+            total = total + losses.cosine_distance(state, target).sum()
+        return total / (len(states) * denominator)
+
+    def finish_step(self, loss: float, distance: float, finite: bool) -> None:
+        self.figures = {"hidden_loss": distance, "hidden_weight": self.weight}
+        if finite:
+            self.weight = max(0.0, loss / distance) if distance > 0 else 0.0
 
 
 def next_tokens(batch: Batch) -> torch.Tensor:
@@ -236,9 +287,12 @@ def build_optimizer(student, settings) -> torch.optim.Optimizer:
 
 
 def backward(student, teacher, batch: Batch, denominator: int, settings) -> torch.Tensor:
-    """Add a micro-batch's gradients to the student's; returns its part of the loss."""
-    has_teacher = losses.LOSSES[settings.loss].has_teacher
-    targets = teacher_states(teacher, batch) if has_teacher else None
+    """Add a micro-batch's gradients to the student's; returns its part of the loss, and of L_hidden or 0: (2,)."""
+    hidden, has_teacher = settings.hidden, losses.LOSSES[settings.loss].has_teacher
+    with compared_states(student, hidden) as compared:
+        states = student_states(student, batch, settings)
+    with compared_states(teacher, hidden) as compared_targets:
+        targets = teacher_states(teacher, batch) if hidden or has_teacher else None
 
     def loss_of(states, weight):
         return losses.logit_loss(
@@ -255,11 +309,11 @@ def backward(student, teacher, batch: Batch, denominator: int, settings) -> torc
             compile=settings.compile,
         )
 
-    states = student_states(student, batch, settings)
     with sharding.unsharded_heads(*[teacher] * has_teacher):
         loss = sharding.call_with_head(student, states, loss_of)
-    loss.backward()
-    return loss.detach()
+    distance = hidden(student, compared, compared_targets, batch, denominator) if hidden else torch.zeros_like(loss)
+    (loss + hidden.weight * distance if hidden else loss).backward()
+    return torch.stack([loss, distance]).detach()
 
 
 def train_step(student, teacher, rows, optimizer, step: int, settings) -> tuple[float, float]:
@@ -274,14 +328,17 @@ def train_step(student, teacher, rows, optimizer, step: int, settings) -> tuple[
     batches = [fetch(rows, indices[start : start + size], settings.device) for start in starts]
     count = torch.tensor(float(sum(len(batch.counted) for batch in batches)), device=settings.device)
     denominator = common.sum_over_processes(count).clamp(min=1)
-    total = torch.zeros((), device=settings.device)
+    total = torch.zeros(2, device=settings.device)  # of the loss, and of L_hidden
     for batch in batches:
         total += backward(student, teacher, batch, denominator, settings)
     parameters = [parameter for parameter in student.parameters() if parameter.grad is not None]
     norm = sharding.whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
     total = common.sum_over_processes(total)
-    loss, gradient_norm = torch.stack([total.float(), norm.float()]).tolist()  # the step's one synchronisation
-    if math.isfinite(loss) and math.isfinite(gradient_norm):  # before clipping, which would spread one NaN over all
+    loss, distance, gradient_norm = torch.stack([*total, norm.float()]).tolist()  # the step's one synchronisation
+    finite = math.isfinite(loss) and math.isfinite(gradient_norm)
+    if settings.hidden:
+        settings.hidden.finish_step(loss, distance, finite)
+    if finite:  # before clipping, which would spread one NaN over all
         torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
@@ -376,7 +433,7 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
                 "gradient_norm": gradient_norm,
                 "learning_rate": learning_rate(step, settings),
                 "tokens_per_second": tokens_per_second,
-            }
+            } | (settings.hidden.figures if settings.hidden else {})
             if math.isfinite(loss) and math.isfinite(gradient_norm):
                 bad_steps = 0
             else:
@@ -545,8 +602,9 @@ def model_card(teacher: common.Checkpoint, student: common.Checkpoint, before: d
 def export(folder: Path, student, weights: dict, checkpoint: common.Checkpoint, card: str, record: dict) -> None:
     """Write the student in bfloat16 as a plain Hugging Face folder, with the student's tokenizer and config."""
     with common.new_folder(folder, "distill.py") as temporary:
-        check_finite(weights, str(folder))
-        student.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
+        trained = {name: tensor for name, tensor in weights.items() if not name.startswith(PROJECTION)}
+        check_finite(trained, str(folder))
+        student.save_pretrained(temporary, state_dict=trained, max_shard_size="5GB")
         common.copy_companions(checkpoint.folder, temporary)
         raw = {key: value for key, value in checkpoint.raw.items() if key != "torch_dtype"} | {"dtype": "bfloat16"}
         common.write_json(temporary / "config.json", raw)
@@ -633,6 +691,7 @@ def derive_settings(constants: dict, world: int = 1) -> SimpleNamespace:
     if settings.loss_chunk_bytes is None:
         settings.loss_chunk_bytes = 2**30 if settings.device.type == "cuda" else 2**28
     common.check_positive({"LOSS_CHUNK_BYTES": settings.loss_chunk_bytes}, "LOSS_CHUNK_BYTES")
+    settings.hidden = None  # a HiddenLoss in a run with HIDDEN_LOSS
     return settings
 
 
@@ -652,6 +711,11 @@ def find_pair(output: Path, settings) -> tuple[common.Checkpoint, common.Checkpo
             raise PareError(f"OUTPUT_DIR = {settings.output_dir!r} is, or holds, {constant} itself; choose another.")
         common.check_outside(output, checkpoint.folder, "OUTPUT_DIR", constant)
         common.check_length(checkpoint, settings.sequence_length, constant)
+        if settings.hidden_loss and checkpoint.config.num_hidden_layers < 4:
+            raise PareError(
+                f"HIDDEN_LOSS = True compares states two layers before the last, and {constant} = {checkpoint.name!r} "
+                f"has {checkpoint.config.num_hidden_layers} layers; it takes 4. Set HIDDEN_LOSS = False."
+            )
     check_same_vocabulary(teacher, student)
     return teacher, student
 
@@ -740,8 +804,42 @@ def load_pair(teacher_checkpoint, student_checkpoint, settings) -> tuple:
     return sharding.shard(teacher, settings.dtype), sharding.shard(student, settings.dtype)
 
 
+def kept_channels(teacher: common.Checkpoint, student: common.Checkpoint) -> torch.Tensor | None:
+    """What the student kept of the teacher's hidden channels, by prune.py's record: int64 indices (H',), or float32
+    directions (H', H). None without such a record, or with that of a teacher of another width; training keeps the
+    meaning of channels, so TEACHER may have been trained since."""
+    path, num_channels = student.folder / "pare.json", teacher.config.hidden_size
+    record = read_json(path)
+    if not path.is_file() or record.get("script", "prune.py") != "prune.py":
+        return None
+    try:
+        kept, file = record["kept"]["hidden"], record["kept"].get("directions")
+        intact = not file or common.hash_file(student.folder / file) == record["sha256"][file]
+        kept = load_file(student.folder / file)["basis"] if file else torch.tensor(kept, dtype=torch.int64)
+        intact = intact and len(kept) == student.config.hidden_size and (file or kept.min() >= 0)
+    except (OSError, KeyError, TypeError, AttributeError, RuntimeError, ValueError, SafetensorError):
+        intact = False
+    if not intact:
+        raise PareError(
+            f"STUDENT = {student.name!r}: pare.json, or the file of directions that it names, is damaged, and "
+            "HIDDEN_LOSS = True reads them.\nRun prune.py again."
+        )
+    return kept if (kept.shape[1] == num_channels if file else kept.max() < num_channels) else None
+
+
+def add_projection(student, width: int, settings) -> None:
+    """A module of the student to the teacher's `width`, trained and saved with it. It starts as the identity or, where
+    widths differ, orthogonal."""
+    projection = torch.nn.Linear(student.config.hidden_size, width, bias=False)
+    torch.nn.init.orthogonal_(projection.weight, generator=torch.Generator().manual_seed(settings.seed))
+    if width == student.config.hidden_size:
+        torch.nn.init.eye_(projection.weight)
+    student.add_module(PROJECTION, projection.to(settings.device))
+
+
 def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, settings) -> dict:
     """Distil from the newest checkpoint or from the start, and export; returns the exported model's record."""
+    kept = kept_channels(teacher_checkpoint, student_checkpoint) if settings.hidden_loss else None
     rank, _ = common.rank_and_world()
     metrics_path = output / "metrics.jsonl"
     latest = common.from_rank_0(open_output(output, record) if rank == 0 else None)
@@ -754,6 +852,16 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
         check_same_text(read_json(latest / "pare.json"), record)
     settings.end_of_text = common.load_tokenizer(teacher_checkpoint, "TEACHER").eos_token_id
     teacher, student = load_pair(teacher_checkpoint, student_checkpoint, settings)
+    if settings.hidden_loss:
+        if kept is None and common.rank_and_world()[1] > 1:
+            raise PareError(
+                f"HIDDEN_LOSS = True: prune.py did not make STUDENT = {settings.student!r}, so it learns a projection: "
+                "one process can do that, not several. Set HIDDEN_LOSS = False."
+            )
+        if kept is None:
+            add_projection(student, teacher.config.hidden_size, settings)
+        weight = read_json(latest / "pare.json")["hidden_weight"] if latest else 0.0
+        settings.hidden = HiddenLoss(kept if kept is None else kept.to(settings.device), weight)
     optimizer = build_optimizer(student, settings)
     first_step, bad_steps = load_checkpoint(latest, student, optimizer) if latest else (0, 0)
     print_plan(student, rows, first_step, settings)
@@ -764,7 +872,7 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
         log = open_log(metrics_path, latest, settings.report_to, settings, record["constants"])
 
     def save(step: int, bad_steps: int) -> None:
-        more = record | {"bad_steps": bad_steps}
+        more = record | {"bad_steps": bad_steps, "hidden_weight": settings.hidden and settings.hidden.weight}
         save_checkpoint(settings.checkpoints, step, student, optimizer, more, metrics_path, settings.keep_checkpoints)
         if rank == 0:
             common.write_json(output / "pare.json", record | {"step": step})  # there is something to lose

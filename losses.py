@@ -1,4 +1,5 @@
-"""Losses on next-token distributions from hidden states and LM heads, without the logits of more than a chunk.
+"""Losses on next-token distributions from hidden states and LM heads, without the logits of more than a chunk; and the
+distance of hidden states.
 
     loss = losses.logit_loss("forward_kl", hidden, weight, teacher_hidden, teacher_weight, denominator=num_tokens)
     loss.backward()  # the gradients are there already
@@ -228,3 +229,14 @@ def logit_loss(
     assert not loss.has_labels or temperature == 1, (kind, temperature)
     options = {"temperature": temperature, "denominator": denominator, "beta": beta, "chunk_bytes": chunk_bytes}
     return LogitLoss.apply(hidden, weight, teacher_hidden, teacher_weight, labels, loss, options | {"compile": compile})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hidden states
+
+
+def cosine_distance(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """1 - cos(state, target) of each token, (N,) from two (N, H); 1, without a gradient, where one is all zeros."""
+    assert states.shape == targets.shape, (states.shape, targets.shape)
+    lengths = torch.linalg.vector_norm(states, dim=-1) * torch.linalg.vector_norm(targets, dim=-1)
+    return 1 - (states * targets).sum(-1) / torch.where(lengths > 0, lengths, torch.inf)

@@ -1,5 +1,6 @@
 """Two processes with sharded models give what one process gives."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -110,3 +111,22 @@ def test_a_step_must_divide_among_the_processes():
     distill.derive_settings(constants)
     with pytest.raises(PareError, match=r"TOKENS_PER_STEP = 192 .*MICRO_BATCH_SIZE.* x 2 processes = 128; the nearest"):
         distill.derive_settings(constants, 2)
+
+
+def test_hidden_states_are_compared_in_several_processes(pairs, text, tmp_path):
+    """The student's record says what it kept; without one, a projection would be learned, in one process only."""
+    teacher, _ = pairs["untied"]
+    constants = {"TRAIN_TOKENS": 3 * 128, "HIDDEN_LOSS": True, "EVAL_TOKENS": 64}
+    student = tmp_path / "student"
+    save_checkpoint(student, "olmo3", 2, hidden_size=32, num_attention_heads=4, num_key_value_heads=4)
+    record = {"script": "prune.py", "kept": {"hidden": list(range(0, 32))}}
+    (student / "pare.json").write_text(json.dumps(record))
+    one, two = (run_constants((teacher, student), text, tmp_path / name, **constants) for name in ("one", "two"))
+    alone(one)
+    result = launch(two)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert_same_run(tmp_path / "two", tmp_path / "one", rel=2e-5)
+    assert lines_of(tmp_path / "two")[-1]["hidden_loss"] > 0
+    (student / "pare.json").unlink()
+    result = launch(two | {"OUTPUT_DIR": str(tmp_path / "three")})
+    assert "HIDDEN_LOSS = True: prune.py did not make" in result.stderr
