@@ -83,7 +83,6 @@ DEVICE: str = "auto"  # auto | cuda | mps | cpu
 DTYPE: str = "auto"  # auto | bfloat16 | float32: of the teacher and of the student's compute; auto is bfloat16 on a GPU
 
 MAY_CHANGE_ON_RESUME = {"OUTPUT_DIR", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "MAX_BAD_STEPS", "REPORT_TO"}
-PROJECTION = "hidden_projection"  # a module of the student while it trains, where HIDDEN_LOSS needs it
 LARGEST_SEED = 2**32 - 1  # times a million and the epoch, it still fits into 64 bits
 
 
@@ -129,13 +128,11 @@ def compared_states(model, on) -> Iterator[list[torch.Tensor]]:
 class HiddenLoss:
     """L_hidden of arXiv 2407.14679 §3: the mean over two places and all counted tokens of 1 - cos(student, teacher).
 
-    A student's state is compared with the channels x[kept] of the teacher's x, for indices `kept` (H',), or with its
-    directions kept @ x, for (H', H); for None by way of a learned projection, as in the paper. Departures:
-
-    `weight`, L_logits / L_hidden, is that of the optimizer step before (0 in the first; checkpoints hold it), not of
-    the same micro-batch: one number for a whole step is exact in any split of it, without a pass of its own. And states
-    are taken before their norm. Its division changes no cosine; its weight, where there is one (Olmo has none), would
-    let the student lower the loss by that weight alone, and is of channels, not directions.
+    `kept`: what of the teacher's state x the student's is compared with, channels x[kept] for indices (H',), directions
+    kept @ x for (H', H); None: all of it, by way of a learned projection, as in the paper. `weight`: L_logits/L_hidden
+    of the optimizer step before (0 in the first), not of this micro-batch: one number for a whole step is exact in any
+    split of it, without a pass of its own. States are taken before their norm: its division changes no cosine; its
+    weight (Olmo has none there) is of channels, not directions, and the student could lower the loss by it alone.
     """
 
     kept: torch.Tensor | None
@@ -148,7 +145,7 @@ class HiddenLoss:
         for pair in zip(states, targets, strict=True):
             state, target = (x.flatten(0, 1)[batch.counted.to(x.device)].float().to(student.device) for x in pair)
             if self.kept is None:
-                state = getattr(student, PROJECTION)(state)
+                state = student.hidden_projection(state)
             else:
                 target = target[:, self.kept] if self.kept.ndim == 1 else target @ self.kept.T
             total = total + losses.cosine_distance(state, target).sum()
@@ -602,7 +599,7 @@ def model_card(teacher: common.Checkpoint, student: common.Checkpoint, before: d
 def export(folder: Path, student, weights: dict, checkpoint: common.Checkpoint, card: str, record: dict) -> None:
     """Write the student in bfloat16 as a plain Hugging Face folder, with the student's tokenizer and config."""
     with common.new_folder(folder, "distill.py") as temporary:
-        trained = {name: tensor for name, tensor in weights.items() if not name.startswith(PROJECTION)}
+        trained = {name: tensor for name, tensor in weights.items() if name != "hidden_projection.weight"}
         check_finite(trained, str(folder))
         student.save_pretrained(temporary, state_dict=trained, max_shard_size="5GB")
         common.copy_companions(checkpoint.folder, temporary)
@@ -712,10 +709,8 @@ def find_pair(output: Path, settings) -> tuple[common.Checkpoint, common.Checkpo
         common.check_outside(output, checkpoint.folder, "OUTPUT_DIR", constant)
         common.check_length(checkpoint, settings.sequence_length, constant)
         if settings.hidden_loss and checkpoint.config.num_hidden_layers < 4:
-            raise PareError(
-                f"HIDDEN_LOSS = True compares states two layers before the last, and {constant} = {checkpoint.name!r} "
-                f"has {checkpoint.config.num_hidden_layers} layers; it takes 4. Set HIDDEN_LOSS = False."
-            )
+            what = f"{constant} = {checkpoint.name!r} has {checkpoint.config.num_hidden_layers} layers"
+            raise PareError(f"HIDDEN_LOSS = True needs 4 layers or more: {what}. Set HIDDEN_LOSS = False.")
     check_same_vocabulary(teacher, student)
     return teacher, student
 
@@ -806,9 +801,8 @@ def load_pair(teacher_checkpoint, student_checkpoint, settings) -> tuple:
 
 def kept_channels(teacher: common.Checkpoint, student: common.Checkpoint) -> torch.Tensor | None:
     """What the student kept of the teacher's hidden channels, by prune.py's record: int64 indices (H',), or float32
-    directions (H', H). None without such a record, or with that of a teacher of another width; training keeps the
-    meaning of channels, so TEACHER may have been trained since."""
-    path, num_channels = student.folder / "pare.json", teacher.config.hidden_size
+    directions (H', H). None without such a record, or for a teacher of another width; one trained since will do."""
+    path = student.folder / "pare.json"
     record = read_json(path)
     if not path.is_file() or record.get("script", "prune.py") != "prune.py":
         return None
@@ -816,25 +810,24 @@ def kept_channels(teacher: common.Checkpoint, student: common.Checkpoint) -> tor
         kept, file = record["kept"]["hidden"], record["kept"].get("directions")
         intact = not file or common.hash_file(student.folder / file) == record["sha256"][file]
         kept = load_file(student.folder / file)["basis"] if file else torch.tensor(kept, dtype=torch.int64)
-        intact = intact and len(kept) == student.config.hidden_size and (file or kept.min() >= 0)
+        intact = intact and len(kept) == student.config.hidden_size and kept.ndim == (2 if file else 1)
+        intact = intact and (file or kept.min() >= 0)
     except (OSError, KeyError, TypeError, AttributeError, RuntimeError, ValueError, SafetensorError):
         intact = False
     if not intact:
-        raise PareError(
-            f"STUDENT = {student.name!r}: pare.json, or the file of directions that it names, is damaged, and "
-            "HIDDEN_LOSS = True reads them.\nRun prune.py again."
-        )
-    return kept if (kept.shape[1] == num_channels if file else kept.max() < num_channels) else None
+        what = f"STUDENT = {student.name!r}: pare.json, or the file of directions that it names, is damaged"
+        raise PareError(f"{what}, and HIDDEN_LOSS = True reads them.\nRun prune.py again.")
+    width = teacher.config.hidden_size
+    return kept if (kept.shape[1] == width if file else kept.max() < width) else None
 
 
 def add_projection(student, width: int, settings) -> None:
-    """A module of the student to the teacher's `width`, trained and saved with it. It starts as the identity or, where
-    widths differ, orthogonal."""
+    """Give the student a linear layer to the teacher's `width`: orthogonal, or the identity where widths agree."""
     projection = torch.nn.Linear(student.config.hidden_size, width, bias=False)
     torch.nn.init.orthogonal_(projection.weight, generator=torch.Generator().manual_seed(settings.seed))
     if width == student.config.hidden_size:
         torch.nn.init.eye_(projection.weight)
-    student.add_module(PROJECTION, projection.to(settings.device))
+    student.hidden_projection = projection.to(settings.device)
 
 
 def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, settings) -> dict:

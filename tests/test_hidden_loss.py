@@ -261,6 +261,7 @@ DAMAGE = {
     "no number": with_hidden(["a"] * 30),
     "no channels": with_hidden(None),
     "one number": with_hidden(7),
+    "nested": with_hidden([[i] for i in range(30)]),
     "negative": with_hidden([-1, *range(29)]),
 }
 
@@ -278,7 +279,7 @@ def test_a_damaged_record_is_refused(kind, rotated, text, tmp_path):
 def test_fewer_than_four_layers_are_refused(constant, pair, text, tmp_path):
     shallow = save_checkpoint(tmp_path / "shallow", "olmo3", num_hidden_layers=3)
     both = (shallow, pair[1]) if constant == "TEACHER" else (pair[0], shallow)
-    with pytest.raises(PareError, match=f"HIDDEN_LOSS = True .*{constant} = .* has 3 layers"):
+    with pytest.raises(PareError, match=f"HIDDEN_LOSS = True needs 4 layers or more: {constant} = .* has 3 layers"):
         distilled(both, text, tmp_path / "out", HIDDEN_LOSS=True)
     assert not (tmp_path / "out").exists()
 
