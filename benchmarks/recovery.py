@@ -30,6 +30,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from torch.multiprocessing import get_context
@@ -47,6 +48,7 @@ PROCESSES = 2  # side by side, one thread each
 RATES = (1e-3, 2e-3, 4e-3)  # peaks; the cosine ends at a twentieth, as in the demo
 EVERY = 0.025  # tokens per parameter between evaluations
 POINTS = (0.05, 0.1, 0.2, 0.4, 0.8)  # tokens per parameter in the tables
+DEFAULT = common.read_constants(prune)
 PLAIN = {"HIDDEN_METRIC": "norm_outputs", "LAYER_METRIC": "block_importance", "NORM_RESCALE": False, "REFIT": False}
 HALF_OF_LAYERS = dict.fromkeys(demo.SIZES) | {"NUM_HIDDEN_LAYERS": 4}
 STARTS = {  # a seed's student -> constants of prune.py; "random" has the shape of "plain"
@@ -82,7 +84,7 @@ class Mode:
 MODES = {
     "full": Mode(POINTS[-1], 3, RATES, tuple(RUNS)),
     "part": Mode(0.2, 1, RATES, FIRST),
-    "quick": Mode(POINTS[0], 1, RATES[1:2], tuple(RUNS)),
+    "quick": Mode(POINTS[0], 1, RATES[1:2], (*FIRST, "default, cross-entropy", tuple(RUNS)[-2], tuple(RUNS)[-1])),
 }
 
 
@@ -125,10 +127,9 @@ def prepare(seed: int, folder: Path) -> None:
     calibration |= {"MODEL": str(demo.TEACHER), "DATASET": text["train"], "DATASET_CONFIG": None}
     demo.configure(importance_analysis, SCORES_PATH=str(scores), DEVICE="cpu", **calibration)
     quietly(importance_analysis.main)
-    defaults = common.read_constants(prune)
     for start, constants in STARTS.items():
         paths = {"SCORES_PATH": str(scores), "OUTPUT_DIR": str(folder_of(start, seed, folder))}
-        demo.configure(prune, **defaults | {"MODEL": str(demo.TEACHER), "DEVICE": "cpu"} | paths | constants)
+        demo.configure(prune, **DEFAULT | {"MODEL": str(demo.TEACHER), "DEVICE": "cpu"} | paths | constants)
         quietly(prune.main)
     demo.SEED = seed
     demo.write_random_student(folder_of("plain", seed, folder), folder_of("random", seed, folder))
@@ -153,9 +154,8 @@ def run(job: Job, folder: Path) -> dict:
     if has_hidden_loss():
         constants["HIDDEN_LOSS"] = hidden_loss
     demo.configure(distill, SEED=job.seed, **constants)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        distill.main()
+    quietly(distill.main)
+    num_rows = len(datasets.Dataset.from_file(str(output / "data" / "train.arrow")))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     names = ("tokens", "held_out_kl", "held_out_loss", "teacher_loss")
     result = {
@@ -163,7 +163,7 @@ def run(job: Job, folder: Path) -> dict:
         "parameters": parameters,
         "tokens": tokens,
         "seconds": time.monotonic() - started,
-        "text": [line for line in printed.getvalue().splitlines() if "goes over it" in line],
+        "passes": tokens / (num_rows * 256),
         "evaluations": [{name: line[name] for name in names} for line in lines if "held_out_kl" in line],
     }
     shutil.rmtree(output)
@@ -355,8 +355,7 @@ def print_all(name: str, mode: Mode, rates: dict, results: Results) -> None:
     print(f"{mode.seeds} seeds; cells: mean ± half the range; the teacher's loss is ", end="")
     print(f"{every[0]['evaluations'][-1]['teacher_loss']:.3f}")
     print("Figures before the last are of a schedule that ends at the last, not there.")
-    texts = sorted({text for result in every for text in result["text"]})
-    print("; ".join(texts) or "No training row was seen twice.")
+    print(f"The longest run goes over its training text {max(result['passes'] for result in every):.2f} times.")
     if not has_hidden_loss():
         print("distill.py has no hidden-state losses: their rows are left out.")
     print_rates(mode, results)
