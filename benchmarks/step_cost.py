@@ -36,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from prune_cost import OLMO_3_7B  # noqa: E402
 
 import common  # noqa: E402
+import data  # noqa: E402
 import demo  # noqa: E402
 import distill  # noqa: E402
 import prune  # noqa: E402
@@ -54,7 +55,7 @@ SMALL = OLMO_3_7B | {
     "pad_token_id": 1,
 }
 SMALL_STUDENT = {"hidden_size": 384, "intermediate_size": 768, "num_attention_heads": 6, "num_key_value_heads": 6}
-ON_CPU = {"SEQUENCE_LENGTH": 512, "MICRO_BATCH_SIZE": 4, "TOKENS_PER_STEP": 2**12}
+ON_CPU = {"SEQUENCE_LENGTH": 512, "MICRO_BATCH_SIZE": 2, "TOKENS_PER_STEP": 2**11}
 ON_GPU = {"SEQUENCE_LENGTH": 8192, "MICRO_BATCH_SIZE": 1, "TOKENS_PER_STEP": 2**17}
 LINES = {
     "cpu": {
@@ -68,7 +69,7 @@ LINES = {
         "COMPILE, not DETERMINISTIC": ON_GPU | {"COMPILE": True, "DETERMINISTIC": False},
     },
 }
-STEPS = {"cpu": 5, "cuda": 2}  # timed
+STEPS = {"cpu": 4, "cuda": 2}  # timed
 NUM_ROWS = 64  # of random text
 DOCUMENTS = 4  # in a row, of random lengths
 SQUARE = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product gives the rate
@@ -202,7 +203,7 @@ def measure(constants: dict) -> dict:
             distill.train_step(student, teacher, rows, optimizer, step, settings)
             synchronize(device)
             seconds.append(time.perf_counter() - start)
-            indices = distill.data.row_indices(step, settings.rows_per_step, len(rows), settings.seed)
+            indices = data.row_indices(step, settings.rows_per_step, len(rows), settings.seed)
             flop.append(step_flop(student, teacher, rows, indices))
             print(f"step {step}: {seconds[-1]:.2f} s", file=sys.stderr, flush=True)
         memory = peak_bytes(device)
