@@ -5,8 +5,9 @@
 On the bundled teacher and the demo's text, with students of the demo's size: about half of the parameters outside the
 embeddings. Prints the tables that are kept in recovery.md and draws recovery.png beside it. `full` (the default) is the
 benchmark: up to 0.8 tokens per student parameter, three learning rates on one seed for each way to start, then three
-seeds at the best of them; some three hours on two cores. `part` is forward KL alone for the three ways to start, one
-seed, up to 0.2, at each rate. `quick` only tries everything out: 0.05, one seed, one rate; its picture stays in FOLDER.
+seeds at the best of them; *computed* five hours on two idle cores. `part` is forward KL alone for the three ways to
+start, one seed, up to 0.2, at each rate. `quick` only tries the script out, on half of the rows: 0.05, one seed, one
+rate; its picture stays in FOLDER.
 
 A seed draws the calibration rows, the random student and the order of training rows. Ways to start: `random`; `plain`,
 Minitron's slicing (norm outputs, block importance, no correction); `default`, prune.py's constants. All runs of a mode
