@@ -312,7 +312,7 @@ def print_orders(found: dict[str, list[dict]]) -> None:
     random, plain, default = FIRST
     pairs = [(plain, random), (default, random), (default, plain)]
     pairs += [(default, "default, KL + cross-entropy"), ("default, KL + cross-entropy", "default, cross-entropy")]
-    pairs += [(default, "default, reverse KL")]
+    pairs += [(default, "default, cross-entropy"), (default, "default, reverse KL")]
     halves = ("half of the layers, plain", "half of the layers, default")
     pairs += [(f"{row}, hidden-state losses", row) for row in halves]
     rows = []
@@ -353,7 +353,8 @@ def print_all(name: str, mode: Mode, rates: dict, results: Results) -> None:
     every = [result for seeds in found.values() for result in seeds]
     print(f"`uv run benchmarks/recovery.py{'' if name == 'full' else ' ' + name}`\n")
     print(f"{platform.machine()}, {PROCESSES} processes of one thread, {describe(Job('', 0, 0, 0))['versions']}")
-    print(f"{mode.seeds} seeds; cells: mean ± half the range; the teacher's loss is ", end="")
+    seeds = f"{mode.seeds} seeds; cells: mean ± half the range" if mode.seeds > 1 else "one seed"
+    print(f"{seeds}; the teacher's loss is ", end="")
     print(f"{every[0]['evaluations'][-1]['teacher_loss']:.3f}")
     print("Figures before the last are of a schedule that ends at the last, not there.")
     print(f"The longest run goes over its training text {max(result['passes'] for result in every):.2f} times.")
@@ -382,6 +383,8 @@ def main(name: str, folder: Path) -> None:
             Job(row, rates[RUNS[row][0].split(",")[0]], seed, mode.budget) for seed in range(mode.seeds) for row in rows
         ]
         results.run_all(rest, 0, pool)
+        pool.close()
+        pool.join()
     print_all(name, mode, rates, results)
 
 
