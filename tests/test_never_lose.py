@@ -644,8 +644,9 @@ def test_weights_that_are_not_finite_in_bfloat16_are_never_exported(pair, tmp_pa
     student, checkpoint = load(pair[1]), common.find_checkpoint(str(pair[1]), None, "STUDENT")
     with torch.no_grad():
         student.lm_head.weight[0, 0] = torch.finfo(torch.float32).max
+    weights = {name: tensor.detach().bfloat16() for name, tensor in student.named_parameters()}
     with pytest.raises(PareError, match=r"lm_head.weight holds .*not finite"):
-        distill.export(tmp_path / "model", student, checkpoint, "", {"script": "distill.py"})
+        distill.export(tmp_path / "model", student, weights, checkpoint, "", {"script": "distill.py"})
     assert not list(tmp_path.iterdir())
 
 
