@@ -336,17 +336,14 @@ def mix(sources: list[Iterator[Document]], weights: list[float]) -> Iterator[tup
 # Packing
 
 
-def pack_rows(
-    documents: Iterable[str], tokenizer, length: int, vocab_size: int, read_ahead: int = READ_AHEAD
-) -> Iterator[tuple]:
+def pack_rows(documents: Iterable[str], tokenizer, length: int, vocab_size: int) -> Iterator[tuple]:
     """Documents, each ended with the end-of-text token, joined and cut into full rows of `length` tokens.
 
     Yields (input_ids, position_ids), both of `length` whole numbers. Positions restart at every document, and at the
-    start of a row, where what went before is out of sight. The unfinished last row is dropped. `read_ahead` documents
-    are taken at a time.
+    start of a row, where what went before is out of sight. The unfinished last row is dropped.
     """
     documents, ids, positions, number = iter(documents), [], [], 0
-    while batch := list(itertools.islice(documents, read_ahead)):
+    while batch := list(itertools.islice(documents, READ_AHEAD)):
         for new in tokenize_texts(batch, tokenizer):
             number += 1
             check_ids(new, vocab_size, f"DATASET: document {number}")
@@ -368,9 +365,7 @@ def cut(document: Document, length: int) -> Iterator[Document]:
             yield piece
 
 
-def best_fit(
-    documents: Iterable[Document], length: int, num_rows: int, open_rows: int = OPEN_ROWS
-) -> Iterator[list[Document]]:
+def best_fit(documents: Iterable[Document], length: int, num_rows: int, open_rows: int) -> Iterator[list[Document]]:
     """At most `num_rows` rows, each a list of pieces that together have at most `length` tokens (arXiv 2404.10830).
 
     Only documents longer than a row are cut. A piece goes whole into the open row with the least room that holds it,
@@ -488,7 +483,7 @@ def write_part(path: Path, mixture: Iterator, sources: list[TextSource], num_row
             given[number] += len(document.ids)
             yield document
 
-    count, num_tokens = pack_to_disk(path, best_fit(documents(), length, num_rows), num_rows, length, filler)
+    count, num_tokens = pack_to_disk(path, best_fit(documents(), length, num_rows, OPEN_ROWS), num_rows, length, filler)
     if not count:
         names = ", ".join(repr(source.name) for source in sources)
         raise PareError(

@@ -3,8 +3,8 @@
     uv run distill.py
 
 Writes into OUTPUT_DIR: `model/` (the student in bfloat16, a plain Hugging Face folder with a model card),
-`metrics.jsonl`, `curves.png`, and `checkpoints/`, from which the same command continues. Trains on one device; the
-student's weights and the optimizer's state are float32.
+`metrics.jsonl`, `curves.png`, and `checkpoints/`, from which the same command continues. Trains on one device, or
+sharded over the processes of `accelerate launch`; the student's weights and the optimizer's state are float32.
 
 Shapes: B batch, T tokens, H hidden, V vocabulary, N counted tokens.
 """
@@ -97,7 +97,7 @@ def hidden_states(model, input_ids: torch.Tensor, position_ids: torch.Tensor) ->
     return output.last_hidden_state
 
 
-def student_states(student, batch: "Batch", settings) -> torch.Tensor:
+def student_states(student, batch: Batch, settings) -> torch.Tensor:
     """(N, H) states of the counted tokens in the compute dtype; the weights stay float32."""
     # Under checkpointing a cache of converted weights would only keep all of them alive.
     cache = not settings.gradient_checkpointing
@@ -108,7 +108,7 @@ def student_states(student, batch: "Batch", settings) -> torch.Tensor:
 
 
 @torch.no_grad()
-def teacher_states(teacher, batch: "Batch") -> torch.Tensor:
+def teacher_states(teacher, batch: Batch) -> torch.Tensor:
     """(N, H) states of the counted tokens in the teacher's dtype."""
     return hidden_states(teacher, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.counted]
 
@@ -139,7 +139,9 @@ class HiddenLoss:
     weight: float = 0.0
     figures: dict = field(default_factory=dict)  # of the last step, for metrics.jsonl
 
-    def __call__(self, student, states: list, targets: list, batch: Batch, denominator: int) -> torch.Tensor:
+    def __call__(
+        self, student, states: list, targets: list, batch: Batch, denominator: torch.Tensor | int
+    ) -> torch.Tensor:
         """A micro-batch's part, from states (B, T, H) of student and teacher."""
         total = 0
         for pair in zip(states, targets, strict=True):
@@ -283,7 +285,7 @@ def build_optimizer(student, settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=settings.device.type != "mps")
 
 
-def backward(student, teacher, batch: Batch, denominator: int, settings) -> torch.Tensor:
+def backward(student, teacher, batch: Batch, denominator: torch.Tensor | int, settings) -> torch.Tensor:
     """Add a micro-batch's gradients to the student's; returns its part of the loss, and of L_hidden or 0: (2,)."""
     hidden, has_teacher = settings.hidden, losses.LOSSES[settings.loss].has_teacher
     with compared_states(student, hidden) as compared:
@@ -832,8 +834,13 @@ def add_projection(student, width: int, settings) -> None:
 
 def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, settings) -> dict:
     """Distil from the newest checkpoint or from the start, and export; returns the exported model's record."""
+    rank, world = common.rank_and_world()
     kept = kept_channels(teacher_checkpoint, student_checkpoint) if settings.hidden_loss else None
-    rank, _ = common.rank_and_world()
+    if settings.hidden_loss and kept is None and world > 1:
+        raise PareError(
+            f"HIDDEN_LOSS = True: prune.py did not make STUDENT = {settings.student!r}, so it learns a projection: "
+            "one process can do that, not several. Set HIDDEN_LOSS = False."
+        )
     metrics_path = output / "metrics.jsonl"
     latest = common.from_rank_0(open_output(output, record) if rank == 0 else None)
     torch.manual_seed(settings.seed)
@@ -846,11 +853,6 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
     settings.end_of_text = common.load_tokenizer(teacher_checkpoint, "TEACHER").eos_token_id
     teacher, student = load_pair(teacher_checkpoint, student_checkpoint, settings)
     if settings.hidden_loss:
-        if kept is None and common.rank_and_world()[1] > 1:
-            raise PareError(
-                f"HIDDEN_LOSS = True: prune.py did not make STUDENT = {settings.student!r}, so it learns a projection: "
-                "one process can do that, not several. Set HIDDEN_LOSS = False."
-            )
         if kept is None:
             add_projection(student, teacher.config.hidden_size, settings)
         weight = read_json(latest / "pare.json")["hidden_weight"] if latest else 0.0
@@ -871,7 +873,8 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
             common.write_json(output / "pare.json", record | {"step": step})  # there is something to lose
 
     if not train(student, teacher, held_out, rows, optimizer, first_step, bad_steps, log, save, settings):
-        print(f"\nStopped; everything is saved. To continue:\n\n    uv run {shlex.join(sys.argv)}", flush=True)
+        launch = f"accelerate launch --num_processes {world} " * (world > 1)
+        print(f"\nStopped; everything is saved. To continue:\n\n    uv run {launch}{shlex.join(sys.argv)}", flush=True)
         sys.exit(0)
 
     weights = {

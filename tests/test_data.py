@@ -70,28 +70,28 @@ def test_best_fit_loses_no_token_and_cuts_only_documents_longer_than_a_row(seed,
 
 def test_a_piece_goes_where_the_least_room_is_left_and_the_fullest_row_comes_out_first():
     """By hand, rows of 10 tokens: 3 fits beside 6 and beside 7, and fills the latter; 2 goes to the 6."""
-    assert lengths_of(data.best_fit(documents_of([6, 7, 3, 2]), 10, 99)) == [[7, 3], [6, 2]]
+    assert lengths_of(data.best_fit(documents_of([6, 7, 3, 2]), 10, 99, 256)) == [[7, 3], [6, 2]]
     # Two may wait: the third row to be opened sends the fullest out, and the piece that it could have held comes late.
     assert lengths_of(data.best_fit(documents_of([8, 6, 7, 2, 4]), 10, 99, open_rows=2)) == [[8], [6, 4], [7, 2]]
     # Of two with equal room the one that waits longer.
-    rows = list(data.best_fit(documents_of([6, 6, 4]), 10, 99))
+    rows = list(data.best_fit(documents_of([6, 6, 4]), 10, 99, 256))
     assert [piece.ids[0] for piece in rows[0]] == [0, 12]
     # A document of 25 is two full rows and a rest, which waits like any other piece.
-    assert lengths_of(data.best_fit(documents_of([25, 5]), 10, 99)) == [[10], [10], [5, 5]]
+    assert lengths_of(data.best_fit(documents_of([25, 5]), 10, 99, 256)) == [[10], [10], [5, 5]]
 
 
 def test_packing_stops_where_one_more_row_would_be_needed():
     documents = iter(documents_of([6, 7, 3, 8, 9, 2]))
-    assert lengths_of(data.best_fit(documents, 10, 3)) == [[7, 3], [8], [6]]
+    assert lengths_of(data.best_fit(documents, 10, 3, 256)) == [[7, 3], [8], [6]]
     assert len(next(documents).ids) == 2  # no document is read beyond the one without a place
-    assert len(list(data.best_fit(documents_of([35]), 10, 2))) == 2
+    assert len(list(data.best_fit(documents_of([35]), 10, 2, 256))) == 2
 
 
 def test_pieces_in_which_nothing_is_to_be_predicted_are_left_out():
     wanted = np.array([True] + [False] * 13 + [True])
-    (rows,) = data.best_fit([data.Document(np.arange(15, dtype=np.int32), wanted)], 10, 99)
+    (rows,) = data.best_fit([data.Document(np.arange(15, dtype=np.int32), wanted)], 10, 99, 256)
     assert [piece.ids.tolist() for piece in rows] == [[10, 11, 12, 13, 14]]
-    assert not list(data.best_fit(documents_of([1, 1]), 10, 99))
+    assert not list(data.best_fit(documents_of([1, 1]), 10, 99, 256))
 
 
 def test_padding_never_counts_and_positions_restart():

@@ -44,7 +44,8 @@ class Rows:
 
     def __init__(self, num_rows: int):
         documents = data.read_documents(iter(DOCUMENTS), data.TextSource("text"), build_tokenizer(), 300, "TEACHER")
-        rows = [data.build_row(pieces, 32, filler=0) for pieces in data.best_fit(documents, 32, num_rows)]
+        packed = data.best_fit(documents, 32, num_rows, data.OPEN_ROWS)
+        rows = [data.build_row(pieces, 32, filler=0) for pieces in packed]
         assert len(rows) == num_rows
         self.columns = {name: torch.stack([torch.from_numpy(row[name]) for row in rows]) for name in rows[0]}
 
