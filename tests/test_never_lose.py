@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, configure, load, save_checkpoint
 from safetensors.torch import load_file
+from test_distill import run_constants
 
 import checkpoints
 import common
@@ -48,24 +49,8 @@ def pair(tmp_path_factory):
 
 
 def constants_for(pair, text, output, **more) -> dict:
-    return {
-        "TEACHER": str(pair[0]),
-        "STUDENT": str(pair[1]),
-        "OUTPUT_DIR": str(output),
-        "DATASETS": text,
-        "SEQUENCE_LENGTH": 32,
-        "TRAIN_TOKENS": NUM_STEPS * 128,
-        "TOKENS_PER_STEP": 128,
-        "MICRO_BATCH_SIZE": 2,
-        "LEARNING_RATE": 3e-3,
-        "MIN_LEARNING_RATE": 1e-4,
-        "WARMUP_STEPS": 2,
-        "GRADIENT_CHECKPOINTING": False,
-        "EVAL_EVERY": 3,
-        "EVAL_TOKENS": 64,
-        "SAVE_EVERY": 2,
-        "DEVICE": "cpu",
-    } | more
+    often = {"GRADIENT_CHECKPOINTING": False, "EVAL_EVERY": 3, "EVAL_TOKENS": 64, "SAVE_EVERY": 2}
+    return run_constants(pair, text, output, TRAIN_TOKENS=NUM_STEPS * 128, **often) | more
 
 
 @pytest.fixture
