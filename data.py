@@ -22,6 +22,7 @@ import torch
 from huggingface_hub.errors import HTTPError
 from jinja2 import TemplateError
 
+import attention
 import common
 from common import PareError, first_line, user_path
 
@@ -556,11 +557,19 @@ class Batch:
     input_ids: torch.Tensor  # (B, T) int64
     position_ids: torch.Tensor  # (B, T) int64
     counted: torch.Tensor  # (N,) int64: where the counted tokens are among the B·T
+    documents: attention.Documents
 
 
 def fetch(rows, indices, device: torch.device) -> Batch:
-    """Some rows on the device. What counts is found before the transfer, so that nobody waits for the device."""
+    """Some rows on the device."""
     columns = rows[list(indices)]
     input_ids, position_ids = (torch.as_tensor(columns[name]).long() for name in ("input_ids", "position_ids"))
-    where = torch.as_tensor(columns["counted"]).flatten().nonzero().squeeze(1)
-    return Batch(*(tensor.to(device) for tensor in (input_ids, position_ids, where)))
+    return make_batch(input_ids, position_ids, torch.as_tensor(columns["counted"]), device)
+
+
+def make_batch(input_ids: torch.Tensor, position_ids: torch.Tensor, counted: torch.Tensor, device) -> Batch:
+    """From (B, T) on the CPU, counted as booleans. What counts, and where documents start, is found before the
+    transfer, so that nobody waits for the device."""
+    where = counted.flatten().nonzero().squeeze(1)
+    tensors = [attention.to_device(tensor, device) for tensor in (input_ids, position_ids, where)]
+    return Batch(*tensors, attention.find_documents(position_ids, device))

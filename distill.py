@@ -21,8 +21,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import attention
 import common
 import data
 import losses
@@ -70,7 +72,8 @@ HIDDEN_LOSS: bool = False  # beside LOSS, states within the models; for students
 TEMPERATURE: float = 1.0  # 1 was best (arXiv 2407.14679 §4.3)
 GRADIENT_CHECKPOINTING: bool = True  # a third more compute for much less memory
 LOSS_CHUNK_BYTES: int | None = None  # memory of the loss beside its gradients; None is 2**30 on a GPU, 2**28 elsewhere
-COMPILE: bool = False  # torch.compile of the loss: fewer passes over the logits, a minute more at the start
+ATTENTION: str = "auto"  # flash: needs a GPU of NVIDIA's and bfloat16 | sdpa: by masks | auto: flash where it works
+COMPILE: bool = False  # torch.compile of layers and loss: fewer passes over memory, minutes more at the start
 EVAL_EVERY: int = 100  # steps
 EVAL_TOKENS: int = 2**20  # held-out tokens, in whole rows
 SAVE_EVERY: int = 100  # steps
@@ -90,10 +93,10 @@ LARGEST_SEED = 2**32 - 1  # times a million and the epoch, it still fits into 64
 # States, loss and evaluation
 
 
-def hidden_states(model, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """(B, T, H) after the final norm. Documents of a row do not see each other: position_ids restart, no attention
-    mask, and no cache, which would switch the separation off."""
-    output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+def hidden_states(model, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """(B, T, H) after the final norm, computed in `dtype`. Documents of a row do not see each other."""
+    arguments = attention.arguments(batch.documents, model.config, dtype)
+    output = model.base_model(batch.input_ids, position_ids=batch.position_ids, use_cache=False, **arguments)
     return output.last_hidden_state
 
 
@@ -103,14 +106,14 @@ def student_states(student, batch: Batch, settings) -> torch.Tensor:
     cache = not settings.gradient_checkpointing
     enabled = settings.dtype != torch.float32
     with torch.autocast(settings.device.type, settings.dtype, enabled=enabled, cache_enabled=cache):
-        states = hidden_states(student, batch.input_ids, batch.position_ids)
+        states = hidden_states(student, batch, settings.dtype)
     return states.flatten(0, 1)[batch.counted].to(settings.dtype)
 
 
 @torch.no_grad()
 def teacher_states(teacher, batch: Batch) -> torch.Tensor:
     """(N, H) states of the counted tokens in the teacher's dtype."""
-    return hidden_states(teacher, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.counted]
+    return hidden_states(teacher, batch, teacher.dtype).flatten(0, 1)[batch.counted]
 
 
 @contextmanager
@@ -182,7 +185,7 @@ def evaluate(student, teacher, rows, settings) -> dict:
         start = first_of_all + rank * size
         batch = fetch(rows, range(start, min(start + size, len(rows))) or range(1), settings.device)
         if start >= len(rows):
-            batch = Batch(batch.input_ids, batch.position_ids, batch.counted[:0])
+            batch = replace(batch, counted=batch.counted[:0])
         labels, positions = next_tokens(batch), batch.position_ids.flatten()[batch.counted]
         buckets = torch.bucketize(positions, starts, right=True) - 1
         states, targets = student_states(student, batch, settings), teacher_states(teacher, batch)
@@ -315,16 +318,20 @@ def backward(student, teacher, batch: Batch, denominator: torch.Tensor | int, se
     return torch.stack([loss, distance]).detach()
 
 
-def train_step(student, teacher, rows, optimizer, step: int, settings) -> tuple[float, float]:
-    """One optimizer step; returns loss and gradient norm, and leaves the weights alone where one is not finite.
-
-    Processes take the micro-batches in turn. One denominator: the counted tokens of the whole step, in all of them.
-    """
+def step_batches(rows, step: int, settings) -> list[Batch]:
+    """The micro-batches of a step that are this process's: processes take them in turn."""
     indices = data.row_indices(step, settings.rows_per_step, len(rows), settings.seed)
     rank, world = common.rank_and_world()
     size = settings.micro_batch_size
     starts = range(rank * size, len(indices), world * size)
-    batches = [fetch(rows, indices[start : start + size], settings.device) for start in starts]
+    return [fetch(rows, indices[start : start + size], settings.device) for start in starts]
+
+
+def train_step(student, teacher, batches: list[Batch], optimizer, step: int, settings) -> tuple[float, float]:
+    """One optimizer step; returns loss and gradient norm, and leaves the weights alone where one is not finite.
+
+    One denominator: the counted tokens of the whole step, in all processes.
+    """
     count = torch.tensor(float(sum(len(batch.counted) for batch in batches)), device=settings.device)
     denominator = common.sum_over_processes(count).clamp(min=1)
     total = torch.zeros(2, device=settings.device)  # of the loss, and of L_hidden
@@ -350,18 +357,19 @@ def rehearse(student, teacher, rows, optimizer, settings) -> None:
     """The largest micro-batch forward and backward, beside all that a step keeps, so that memory that runs out does so
     in the first minute. Weights, optimizer and random state stay as they are."""
     indices = data.row_indices(0, settings.rows_per_step, len(rows), settings.seed)[: settings.micro_batch_size]
-    batch = fetch(rows, indices, settings.device)
-    B, T = batch.input_ids.shape
-    positions = torch.arange(T, device=settings.device).expand(B, T)  # one document a row: the most counted tokens
-    where = torch.arange(B * T, device=settings.device).view(B, T)[:, :-1].flatten()
-    batch = Batch(batch.input_ids, positions, where)
+    input_ids = torch.as_tensor(rows[indices]["input_ids"]).long()
+    positions = torch.arange(input_ids.shape[1]).repeat(len(indices), 1)
+    positions[:, -1] = 0  # two documents a row, which may need masks
+    counted = torch.ones_like(positions, dtype=torch.bool)
+    counted[:, -1] = False  # nothing follows
+    batch = data.make_batch(input_ids, positions, counted, settings.device)
     to_come = [parameter for parameter in student.parameters() if parameter not in optimizer.state]
     moments = [torch.empty_like(parameter) for parameter in [*to_come, *to_come]]
     if settings.rows_per_step > settings.micro_batch_size:  # every micro-batch but the first finds gradients there
         for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter)
     with torch.random.fork_rng([settings.device] if settings.device.type == "cuda" else []):
-        backward(student, teacher, batch, len(where), settings)
+        backward(student, teacher, batch, len(batch.counted), settings)
     optimizer.zero_grad(set_to_none=True)
     del moments
 
@@ -421,10 +429,12 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
             log(0, evaluate(student, teacher, held_out, settings))
     progress = common.Progress(settings.num_steps, "steps", "distilling", done=first_step)
     saved, stopped = True, False  # at the last try; by a signal
-    with stop_signals() as signals, enough_memory(settings, first_step > 0):
+    with stop_signals() as signals, enough_memory(settings, first_step > 0), ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(step_batches, rows, first_step, settings)
         for step in range(first_step, settings.num_steps):
             start = time.monotonic()
-            loss, gradient_norm = train_step(student, teacher, rows, optimizer, step, settings)
+            batches, ahead = ahead.result(), thread.submit(step_batches, rows, step + 1, settings)
+            loss, gradient_norm = train_step(student, teacher, batches, optimizer, step, settings)
             tokens_per_second = settings.tokens_per_step / (time.monotonic() - start)
             done, last = step + 1, step + 1 == settings.num_steps
             metrics = {
@@ -795,6 +805,12 @@ def load_pair(teacher_checkpoint, student_checkpoint, settings) -> tuple:
     student = common.load_model(student_checkpoint, torch.float32, settings.device, "STUDENT")
     switch_off_dropout(student)
     teacher.requires_grad_(False)
+    configs = [teacher.config, student.config]
+    implementation = attention.choose(settings.attention, configs, settings.device, settings.dtype)
+    for model in (teacher, student):
+        model.set_attn_implementation(implementation)
+        for layer in model.base_model.layers if settings.compile else []:
+            layer.compile()
     if settings.gradient_checkpointing:
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)  # renamed
         enable({"use_reentrant": False})

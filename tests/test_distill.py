@@ -19,6 +19,7 @@ from conftest import (
     build_tokenizer,
     configure,
     load,
+    one_document_rows,
     random_model,
     save_checkpoint,
     some_ids,
@@ -94,7 +95,9 @@ def test_a_training_step_equals_full_float64_logits_in_any_split(tied, pair, tex
     student.zero_grad()
     for micro_batch_size in (1, 2, 4):
         settings = distill.derive_settings(defaults | constants | {"MICRO_BATCH_SIZE": micro_batch_size})
-        loss, gradient_norm = distill.train_step(student, teacher, rows, Optimizer(), 0, settings)
+        loss, gradient_norm = distill.train_step(
+            student, teacher, distill.step_batches(rows, 0, settings), Optimizer(), 0, settings
+        )
         assert loss == pytest.approx(expected.item(), rel=1e-5)
         assert gradient_norm == pytest.approx(norm, rel=1e-4)
         clip = min(1.0, 1.0 / (gradient_norm + 1e-6))
@@ -251,7 +254,8 @@ def test_the_teacher_is_corrected_without_a_forward_pass_of_its_own(pair, text, 
     teacher, student = load(pair[0]), load(pair[0]).float()
     rows = Rows(8)
     optimizer = distill.build_optimizer(student, settings)
-    values = [distill.train_step(student, teacher, rows, optimizer, s, settings)[0] for s in range(8)]
+    batches = [distill.step_batches(rows, step, settings) for step in range(8)]
+    values = [distill.train_step(student, teacher, batches[s], optimizer, s, settings)[0] for s in range(8)]
     assert values[-1] < values[0] - 0.3
 
 
@@ -393,7 +397,7 @@ def test_states_reach_the_lm_head_in_the_compute_dtype(checkpointing, pair, text
     more = {"DTYPE": "bfloat16", "GRADIENT_CHECKPOINTING": checkpointing}
     settings = distill.derive_settings(defaults | run_constants(pair, text, tmp_path, **more))
     student = random_model(CONFIGS["olmo3"](vocab_size=300))
-    batch = data.Batch(some_ids(300, (2, 8)), torch.arange(8).expand(2, 8), torch.tensor([0, 1, 9]))
+    batch = one_document_rows(some_ids(300, (2, 8)), torch.isin(torch.arange(16), torch.tensor([0, 1, 9])).view(2, 8))
     states = distill.student_states(student, batch, settings)
     assert states.dtype == torch.bfloat16
     assert states.shape == (3, 48)

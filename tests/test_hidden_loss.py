@@ -6,7 +6,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import CONFIGS, KEEP_ALL, analyse, cut, load, random_model, save_checkpoint, some_ids
+from conftest import (
+    CONFIGS,
+    KEEP_ALL,
+    analyse,
+    cut,
+    load,
+    one_document_rows,
+    random_model,
+    save_checkpoint,
+    some_ids,
+)
 from safetensors.torch import load_file
 from test_distill import Rows, distilled, lines_of, relative_error, run_constants
 
@@ -92,7 +102,9 @@ def test_a_step_equals_float64_in_any_split(family, way, checkpointing, pair, te
     for micro_batch_size in (1, 2, 4):
         settings = settings_for(pair, text, tmp_path, TOKENS_PER_STEP=128, MICRO_BATCH_SIZE=micro_batch_size)
         settings.hidden, optimizer = distill.HiddenLoss(kept, 0.7), Optimizer(student)
-        loss, gradient_norm = distill.train_step(student, teacher, rows, optimizer, 0, settings)
+        loss, gradient_norm = distill.train_step(
+            student, teacher, distill.step_batches(rows, 0, settings), optimizer, 0, settings
+        )
         assert loss == pytest.approx(kl.item(), rel=1e-5)
         assert gradient_norm == pytest.approx(norm, rel=1e-4)
         assert settings.hidden.figures == {
@@ -146,7 +158,10 @@ def test_off_a_step_has_the_bits_of_the_logits_loss_alone(checkpointing, pair, t
     expected = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
     student.zero_grad()
     optimizer = Optimizer(student)
-    assert distill.train_step(student, teacher, rows, optimizer, 0, settings)[1] == norm.item()
+    assert (
+        distill.train_step(student, teacher, distill.step_batches(rows, 0, settings), optimizer, 0, settings)[1]
+        == norm.item()
+    )
     assert all(torch.equal(optimizer.seen[name], gradient) for name, gradient in expected.items())
 
 
@@ -161,12 +176,12 @@ def checkpoint_of(folder) -> common.Checkpoint:
 def distances(teacher_folder, student_folder) -> list[float]:
     """Mean distance at the embedding's output and at layer (last - 2), with prune.py's record."""
     kept = distill.kept_channels(checkpoint_of(teacher_folder), checkpoint_of(student_folder))
-    batch = data.Batch(some_ids(300, (2, 20)), torch.arange(20).expand(2, 20), torch.arange(38))
+    batch = one_document_rows(some_ids(300, (2, 20)), torch.arange(40).view(2, 20) < 38)
     states = []
     for folder in (student_folder, teacher_folder):
         model = load(folder)
         with torch.no_grad(), distill.compared_states(model, True) as seen:
-            distill.hidden_states(model, batch.input_ids, batch.position_ids)
+            distill.hidden_states(model, batch, torch.float32)
         states.append(seen)
     student, hidden = load(student_folder), distill.HiddenLoss(kept)
     return [hidden(student, [s], [t], batch, 38).item() for s, t in zip(*states, strict=True)]
@@ -350,5 +365,6 @@ def test_the_teachers_width_kept_a_projection_starts_as_the_identity(dtype, pair
     distill.add_projection(student, 48, settings)
     assert torch.equal(student.hidden_projection.weight, torch.eye(48))
     settings.hidden = distill.HiddenLoss(None, 0.5)
-    distill.train_step(student, teacher, Rows(4), Optimizer(student), 0, settings)
+    batches = distill.step_batches(Rows(4), 0, settings)
+    distill.train_step(student, teacher, batches, Optimizer(student), 0, settings)
     assert settings.hidden.figures["hidden_loss"] < (1e-6 if dtype == "float32" else 1e-3)

@@ -1,0 +1,223 @@
+"""Attention within documents: the same as one document at a time, for every family and both implementations."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CONFIGS, one_document_rows, random_model, some_ids
+from test_distill import Rows, run_constants
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attention
+import common
+import data
+import distill
+import losses
+from common import PareError
+
+LENGTHS = ((30,), (7, 23), (12, 13, 1, 4))  # of the documents of three rows; windows are of 12 tokens
+CPU = torch.device("cpu")
+
+
+def packed(vocab_size: int = 300) -> data.Batch:
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in LENGTHS])
+    return data.make_batch(some_ids(vocab_size), positions, torch.ones(3, 30, dtype=torch.bool), CPU)
+
+
+def varlen_reference(query, key, value, bounds, key_bounds, longest, longest_key, *, scale, window_size, **more):
+    """What varlen_attn is documented to give, one document after the other, from (tokens, heads, head_dim)."""
+    assert bounds is key_bounds, "cuDNN wants one tensor"
+    assert bounds.dtype == torch.int32
+    assert longest == longest_key == bounds.diff().max()
+    assert (query.shape[1] != key.shape[1]) == more.get("enable_gqa", False)
+    repeats, (left, right), outputs = query.shape[1] // key.shape[1], window_size, []
+    key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
+    for start, end in itertools.pairwise(bounds.tolist()):
+        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        hidden = (distance < -right) | ((distance > left) if left >= 0 else False)
+        scores = (scale or q.shape[-1] ** -0.5) * q @ k.mT
+        outputs.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    """The kernel of GPUs, as it is documented."""
+    monkeypatch.setattr(attention, "varlen_attn", varlen_reference)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("implementation", [attention.VARLEN, attention.MASKED])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_packed_documents_do_not_see_each_other(family, implementation, training, varlen):
+    """As teacher (eval) and as student (train, with gradient checkpointing), whose gradients must agree too."""
+    model, batch = random_model(CONFIGS[family](vocab_size=300)), packed()
+    with torch.enable_grad():
+        apart = []
+        for ids, lengths in zip(batch.input_ids, LENGTHS, strict=True):
+            documents = [model.base_model(document[None], use_cache=False) for document in ids.split(lengths)]
+            apart.append(torch.cat([output.last_hidden_state for output in documents], dim=1))
+        apart = torch.cat(apart)
+        weights = torch.randn(apart.shape, generator=torch.Generator().manual_seed(0))
+        parameters = [parameter for parameter in model.base_model.parameters()]
+        expected = torch.autograd.grad((apart * weights).sum(), parameters)
+
+    if training:
+        model.train()
+        distill.switch_off_dropout(model)  # Seed-OSS has some
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    model.set_attn_implementation(implementation)
+    together = distill.hidden_states(model, batch, torch.float32)
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=2e-5)
+    for ours, theirs in zip(torch.autograd.grad((together * weights).sum(), parameters), expected, strict=True):
+        assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+def masks_given(model, batch: data.Batch, monkeypatch) -> list:
+    """The mask of every attention in a pass forward and backward."""
+    seen, ordinary = [], torch.nn.functional.scaled_dot_product_attention
+
+    def look(*tensors, attn_mask=None, **more):
+        seen.append(attn_mask)
+        assert more["is_causal"] == (attn_mask is None)
+        return ordinary(*tensors, attn_mask=attn_mask, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+        distill.hidden_states(model, batch, torch.float32).sum().backward()
+    return seen
+
+
+def test_masks_are_made_once_and_only_where_they_are_needed(monkeypatch):
+    model = random_model(CONFIGS["olmo3"](vocab_size=300)).train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.set_attn_implementation(attention.MASKED)
+    long, short = one_document_rows(some_ids(300)), one_document_rows(some_ids(300, (3, 12)))
+    assert masks_given(model, short, monkeypatch) == [None] * 16  # no document is longer than the window of 12
+    masks = masks_given(model, long, monkeypatch)
+    assert sum(mask is None for mask in masks) == 4  # two full layers of eight, twice
+    assert len({id(mask) for mask in masks}) == 2
+    masks = masks_given(model, packed(), monkeypatch)
+    assert None not in masks
+    assert len({id(mask) for mask in masks}) == 2
+
+
+class Waiting(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: numbers read from tensors, sizes that depend on data."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name.removeprefix("aten::").startswith(self.names):
+            self.seen.append(function._schema.name)
+        indices = args[1] if function._schema.name == "aten::index.Tensor" or "aten::index" in str(function) else []
+        if any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices or []):
+            self.seen.append("index by booleans")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("loss", losses.LOSSES)
+def test_a_step_waits_for_the_device_once(loss, hidden, text, tmp_path, monkeypatch):
+    """For the line that it prints: loss and norm leave in one transfer, which is no operation that can be counted."""
+    pair = (tmp_path, tmp_path)
+    constants = run_constants(pair, text, tmp_path / "out", LOSS=loss, TOKENS_PER_STEP=128, MICRO_BATCH_SIZE=2)
+    settings = distill.derive_settings(common.read_constants(distill) | constants)
+    settings.hidden = distill.HiddenLoss(torch.arange(48)) if hidden else None
+    teacher, student = (random_model(CONFIGS["olmo3"](vocab_size=300), seed) for seed in (1, 2))
+    teacher.requires_grad_(False)
+    student.train()
+    batches = distill.step_batches(Rows(4), 0, settings)
+    optimizer = distill.build_optimizer(student, settings)
+    waited, transfers, ordinary = {}, [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: transfers.append(tensor) or ordinary(tensor))
+    for implementation in (attention.MASKED, "sdpa"):
+        for model in (teacher, student):
+            model.set_attn_implementation(implementation)
+        transfers.clear()
+        with Waiting() as waiting:
+            distill.train_step(student, teacher, batches, optimizer, 0, settings)
+        waited[implementation] = waiting.seen
+        assert len(transfers) == 1
+    assert waited[attention.MASKED] == []
+    assert waited["sdpa"], "transformers' own masks wait: if they do not any more, attention.py has lost one reason"
+
+
+def test_documents_are_found_where_positions_do_not_go_on():
+    documents = attention.find_documents(torch.tensor([[0, 1, 2, 0, 1], [5, 6, 7, 8, 9], [0, 0, 0, 1, 2]]), CPU)
+    assert documents.bounds.tolist() == [0, 3, 5, 10, 11, 12, 15]
+    assert (documents.longest, documents.shape) == (5, (3, 5))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ATTENTION
+
+
+def heads(number: int = 4, kv: int = 2):
+    return SimpleNamespace(num_attention_heads=number, num_key_value_heads=kv, head_dim=16, hidden_size=64)
+
+
+def test_the_trial_passes_what_is_right(varlen):
+    assert attention.trial(heads(), CPU, torch.float32) is None
+    assert attention.trial(heads(4, 4), CPU, torch.float32) is None
+
+
+def one_more(*args, window_size, **more):
+    left, right = window_size
+    return varlen_reference(*args, window_size=(left + (left > 0), right), **more)
+
+
+def no_documents(query, key, value, bounds, _, longest, __, **more):
+    whole = torch.tensor([0, len(query)], dtype=torch.int32)
+    return varlen_reference(query, key, value, whole, whole, len(query), len(query), **more)
+
+
+def absent(*args, **more):
+    raise TypeError("varlen_attn() got an unexpected keyword argument 'window_size'")
+
+
+@pytest.mark.parametrize(
+    "wrong", [one_more, no_documents, absent, lambda *a, **k: varlen_reference(*a, **k) * torch.nan]
+)
+def test_the_trial_fails_what_is_wrong(wrong, monkeypatch, capsys):
+    """Then "auto" goes on without it, and says so; "flash" is refused."""
+    monkeypatch.setattr(attention, "varlen_attn", wrong)
+    problem = attention.trial(heads(), CPU, torch.float32)
+    assert problem
+    monkeypatch.setattr(attention, "trial", lambda config, device, dtype: problem)
+    gpu = torch.device("cuda")
+    assert attention.choose("auto", [heads()], gpu, torch.bfloat16) == attention.MASKED
+    assert problem in capsys.readouterr().out
+    with pytest.raises(PareError, match=r"(?s)ATTENTION = 'flash'.*Set ATTENTION = 'sdpa'"):
+        attention.choose("flash", [heads()], gpu, torch.bfloat16)
+    assert attention.choose("sdpa", [heads()], gpu, torch.bfloat16) == attention.MASKED
+
+
+def test_flash_is_chosen_where_it_works(monkeypatch):
+    monkeypatch.setattr(attention, "trial", lambda config, device, dtype: None)
+    gpu = torch.device("cuda")
+    assert attention.choose("auto", [heads()], gpu, torch.bfloat16) == attention.VARLEN
+    assert attention.choose("flash", [heads()], gpu, torch.bfloat16) == attention.VARLEN
+    assert attention.choose("auto", [heads()], gpu, torch.float32) == attention.MASKED
+    assert attention.choose("auto", [heads()], CPU, torch.bfloat16) == attention.MASKED
+    with pytest.raises(PareError, match="bfloat16, not cpu"):
+        attention.choose("flash", [heads()], CPU, torch.bfloat16)
+
+
+def test_a_kernel_that_is_not_there_is_a_reason_and_no_traceback():
+    """PyTorch's own, on a CPU."""
+    assert attention.trial(heads(), CPU, torch.bfloat16)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_the_trial_passes_on_a_gpu():
+    assert attention.trial(heads(8, 8), torch.device("cuda"), torch.bfloat16) is None
+    assert attention.trial(heads(8, 2), torch.device("cuda"), torch.bfloat16) is None
