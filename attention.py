@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from common import PareError, first_line
 
 VARLEN, MASKED = "documents_varlen", "documents_masked"
-NAMES = {"flash": VARLEN, "sdpa": MASKED}  # ATTENTION, without "auto"
+CHOICES = ("auto", "flash", "sdpa")
 TOLERANCE = 0.02  # relative error of two implementations in bfloat16; a wrong window or document gives 0.1 and more
 
 

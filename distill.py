@@ -667,6 +667,7 @@ def derive_settings(constants: dict, world: int = 1) -> SimpleNamespace:
     if settings.keep_checkpoints < 2:
         raise PareError(f"KEEP_CHECKPOINTS = {settings.keep_checkpoints} must be at least 2.")
     common.check_choice("LOSS", settings.loss, losses.LOSSES)
+    common.check_choice("ATTENTION", settings.attention, attention.CHOICES)
     if losses.LOSSES[settings.loss].has_labels and settings.temperature != 1:
         raise PareError(f"LOSS = {settings.loss!r} is on the text itself: set TEMPERATURE = 1.")
     if not 0 < settings.jsd_beta < 1:
@@ -807,6 +808,7 @@ def load_pair(teacher_checkpoint, student_checkpoint, settings) -> tuple:
     teacher.requires_grad_(False)
     configs = [teacher.config, student.config]
     implementation = attention.choose(settings.attention, configs, settings.device, settings.dtype)
+    torch._dynamo.config.recompile_limit = 64  # of one function: of both models, sliding and not, training and not
     for model in (teacher, student):
         model.set_attn_implementation(implementation)
         for layer in model.base_model.layers if settings.compile else []:

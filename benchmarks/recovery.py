@@ -4,18 +4,19 @@
 
 On the bundled teacher and the demo's text, with students of the demo's size: about half of the parameters outside the
 embeddings. Prints the tables that are kept in recovery.md and draws recovery.png beside it. `full` (the default) is the
-benchmark: up to 0.8 tokens per student parameter, three learning rates on one seed for each way to start, then three
-seeds at the best of them; *computed* five hours on two idle cores. `part` is forward KL alone for the three ways to
-start, one seed, up to 0.2, at each rate. `quick` only tries the script out, on half of the rows: 0.05, one seed, one
-rate; its picture stays in FOLDER.
+benchmark: each way to start up to 0.8 tokens per student parameter, three learning rates on one seed, then three seeds
+at the best of them; losses and half of the layers up to 0.2, three seeds, at the best rate of their way to start. It
+takes hours on two cores. `part` is forward KL alone for the three ways to start, one seed, up to 0.2, at each rate.
+`quick` only tries the script out: 0.05, one seed, one rate. Their pictures stay in FOLDER.
 
 A seed draws the calibration rows, the random student and the order of training rows. Ways to start: `random`; `plain`,
-Minitron's slicing (norm outputs, block importance, no correction); `default`, prune.py's constants. All runs of a mode
+Minitron's slicing (norm outputs, block importance, no correction); `default`, prune.py's constants. All runs of a row
 have one schedule, whose cosine ends at the last step: figures at fewer tokens are of that schedule and not of one that
 ends there. Tokens needed to reach a KL are interpolated between evaluations, linear in the logarithm of tokens.
 
-FOLDER (by default in the system's temporary folder) keeps students, and each finished run as a line of results.jsonl:
-after an interruption the same command continues. Empty it when a script has changed.
+Each finished run is a line of recovery.jsonl beside this file (of FOLDER/results.jsonl for the other modes): after an
+interruption the same command continues, and draws and prints from them alone. Empty it when a script has changed.
+FOLDER (by default in the system's temporary folder) keeps the students.
 """
 
 import contextlib
@@ -59,17 +60,19 @@ STARTS = {  # a seed's student -> constants of prune.py; "random" has the shape 
     "default, half of the layers": HALF_OF_LAYERS,
 }
 WAYS = ("random", "plain", "default")  # to start; each has its best rate
-RUNS = {  # row -> student, LOSS, HIDDEN_LOSS
-    "random initialisation": ("random", "forward_kl", False),
-    "plain Minitron slicing": ("plain", "forward_kl", False),
-    "default": ("default", "forward_kl", False),
-    "default, KL + cross-entropy": ("default", "forward_kl_and_cross_entropy", False),
-    "default, reverse KL": ("default", "reverse_kl", False),
-    "default, cross-entropy": ("default", "cross_entropy", False),
-    "half of the layers, plain": ("plain, half of the layers", "forward_kl", False),
-    "half of the layers, plain, hidden-state losses": ("plain, half of the layers", "forward_kl", True),
-    "half of the layers, default": ("default, half of the layers", "forward_kl", False),
-    "half of the layers, default, hidden-state losses": ("default, half of the layers", "forward_kl", True),
+FULL, QUARTER = 1, 0.25  # of a mode's tokens
+RUNS = {  # row -> student, LOSS, HIDDEN_LOSS, share of the tokens
+    "random initialisation": ("random", "forward_kl", False, FULL),
+    "plain Minitron slicing": ("plain", "forward_kl", False, FULL),
+    "default": ("default", "forward_kl", False, FULL),
+    "default, forward KL": ("default", "forward_kl", False, QUARTER),
+    "default, KL + cross-entropy": ("default", "forward_kl_and_cross_entropy", False, QUARTER),
+    "default, reverse KL": ("default", "reverse_kl", False, QUARTER),
+    "default, cross-entropy": ("default", "cross_entropy", False, QUARTER),
+    "half of the layers, plain": ("plain, half of the layers", "forward_kl", False, QUARTER),
+    "half of the layers, plain, hidden-state losses": ("plain, half of the layers", "forward_kl", True, QUARTER),
+    "half of the layers, default": ("default, half of the layers", "forward_kl", False, QUARTER),
+    "half of the layers, default, hidden-state losses": ("default, half of the layers", "forward_kl", True, QUARTER),
 }
 FIRST = tuple(RUNS)[: len(WAYS)]  # the rows of the ways to start
 
@@ -85,7 +88,7 @@ class Mode:
 MODES = {
     "full": Mode(POINTS[-1], 3, RATES, tuple(RUNS)),
     "part": Mode(0.2, 1, RATES, FIRST),
-    "quick": Mode(POINTS[0], 1, RATES[1:2], (*FIRST, "default, cross-entropy", tuple(RUNS)[-2], tuple(RUNS)[-1])),
+    "quick": Mode(POINTS[0], 1, RATES[1:2], (*FIRST, tuple(RUNS)[-2], tuple(RUNS)[-1])),
 }
 
 
@@ -141,7 +144,7 @@ def run(job: Job, folder: Path) -> dict:
     """Distil one student; the line of results.jsonl."""
     torch.set_num_threads(1)
     started = time.monotonic()
-    start, loss, hidden_loss = RUNS[job.row]
+    start, loss, hidden_loss, _ = RUNS[job.row]
     student, own = folder_of(start, job.seed, folder), folder / f"seed{job.seed}"
     parameters, constants = count_of(student), demo.DISTILLATION
     per_step = constants["TOKENS_PER_STEP"]
@@ -152,27 +155,23 @@ def run(job: Job, folder: Path) -> dict:
     constants |= {"TEACHER": str(demo.TEACHER), "STUDENT": str(student), "OUTPUT_DIR": str(output), "DEVICE": "cpu"}
     constants |= {"DATASETS": str(own / "train.jsonl"), "EVAL_DATASETS": str(own / "held_out.jsonl")}
     constants |= {"EVAL_EVERY": every, "SAVE_EVERY": 10 * every, "TRAIN_TOKENS": tokens, "SEQUENCE_LENGTH": 256}
-    if has_hidden_loss():
-        constants["HIDDEN_LOSS"] = hidden_loss
-    demo.configure(distill, SEED=job.seed, **constants)
+    demo.configure(distill, SEED=job.seed, HIDDEN_LOSS=hidden_loss, **constants)
     quietly(distill.main)
     num_rows = len(datasets.Dataset.from_file(str(output / "data" / "train.arrow")))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    names = ("tokens", "held_out_kl", "held_out_loss", "teacher_loss")
+    evaluations = [line for line in lines if "held_out_kl" in line]
     result = {
         **describe(job),
         "parameters": parameters,
         "tokens": tokens,
         "seconds": time.monotonic() - started,
         "passes": tokens / (num_rows * 256),
-        "evaluations": [{name: line[name] for name in names} for line in lines if "held_out_kl" in line],
+        "kl": [round(line["held_out_kl"], 5) for line in evaluations],  # held out, every EVERY tokens per parameter
+        "loss": evaluations[-1]["held_out_loss"],
+        "teacher_loss": evaluations[-1]["teacher_loss"],
     }
     shutil.rmtree(output)
     return result
-
-
-def has_hidden_loss() -> bool:
-    return "HIDDEN_LOSS" in common.constants_of(distill)
 
 
 def describe(job: Job) -> dict:
@@ -181,10 +180,10 @@ def describe(job: Job) -> dict:
 
 
 class Results:
-    """results.jsonl: finished runs, found again by what they are of."""
+    """Finished runs, found again by what they are of."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / "results.jsonl"
+    def __init__(self, folder: Path, path: Path):
+        self.folder, self.path = folder, path
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.lines = [json.loads(line) for line in lines]
 
@@ -192,20 +191,18 @@ class Results:
         wanted = describe(job)
         return next((line for line in self.lines if wanted.items() <= line.items()), None)
 
-    def run_all(self, jobs: list[Job], later: int, pool) -> None:
-        """Run what is not there yet; `later` is how many runs come after these."""
-        missing, started, done = [job for job in jobs if self.of(job) is None], time.monotonic(), 0
+    def run_all(self, jobs: list[Job], pool) -> None:
+        """Run what is not there yet."""
+        missing, done = [job for job in jobs if self.of(job) is None], 0
+        pool.map(prepare_here, [(seed, self.folder) for seed in sorted({job.seed for job in missing})], chunksize=1)
         for result in pool.imap_unordered(run_here, [(job, self.folder) for job in missing]):
             self.lines.append(result)
             with self.path.open("a") as file:
                 file.write(json.dumps(result) + "\n")
             done += 1
-            speed = done / (time.monotonic() - started) if done >= PROCESSES else PROCESSES / result["seconds"]
-            minutes = (len(missing) - done + later) / speed / 60
-            kl = result["evaluations"][-1]["held_out_kl"]
             print(
-                f"{result['row']}, rate {result['rate']:g}, seed {result['seed']}: KL {kl:.3f} after "
-                f"{result['tokens']:,} tokens, {result['seconds']:.0f} s; about {minutes:.0f} minutes to go",
+                f"{result['row']}, rate {result['rate']:g}, seed {result['seed']}: KL {result['kl'][-1]:.3f} after "
+                f"{result['tokens']:,} tokens, {result['seconds']:.0f} s; {done} of {len(missing)}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -225,7 +222,7 @@ def prepare_here(arguments: tuple) -> None:
 
 def curve(result: dict) -> list[tuple[float, float]]:
     """(tokens per parameter, KL), the untrained student first; exact multiples of EVERY, from whole steps."""
-    return [(i * EVERY, line["held_out_kl"]) for i, line in enumerate(result["evaluations"])]
+    return [(i * EVERY, kl) for i, kl in enumerate(result["kl"])]
 
 
 def kl_at(result: dict, point: float) -> float:
@@ -254,8 +251,7 @@ def best_rate(way: str, mode: Mode, results: Results) -> float:
 
 
 def seeds_of(row: str, mode: Mode, rates: dict, results: Results) -> list[dict]:
-    rate = rates[RUNS[row][0].split(",")[0]]
-    return [results.of(Job(row, rate, seed, mode.budget)) for seed in range(mode.seeds)]
+    return [results.of(job_of(row, mode, rates, seed)) for seed in range(mode.seeds)]
 
 
 def spread_text(values: list[float], digits: int = 3) -> str:
@@ -282,8 +278,10 @@ def print_runs(mode: Mode, found: dict[str, list[dict]], rates: dict) -> None:
     points = [point for point in POINTS if point <= mode.budget]
     rows = []
     for row, seeds in found.items():
-        cells = [spread_text([kl_at(result, point) for result in seeds]) for point in (0, *points)]
-        loss = spread_text([result["evaluations"][-1]["held_out_loss"] for result in seeds], 2)
+        within = [point for point in (0, *points) if point <= mode.budget * RUNS[row][3]]
+        cells = [spread_text([kl_at(result, point) for result in seeds]) for point in within]
+        cells += [""] * (1 + len(points) - len(within))
+        loss = spread_text([result["loss"] for result in seeds], 2)
         rate = rates[RUNS[row][0].split(",")[0]]
         rows.append([row, f"{seeds[0]['parameters'] / 1e6:.2f}M", f"{rate:g}", *cells, loss])
     points = [f"{point:g}" for point in (0, *points)]
@@ -311,8 +309,9 @@ def print_orders(found: dict[str, list[dict]]) -> None:
     """What should be lower than what at the end, by how much, in how many seeds."""
     random, plain, default = FIRST
     pairs = [(plain, random), (default, random), (default, plain)]
-    pairs += [(default, "default, KL + cross-entropy"), ("default, KL + cross-entropy", "default, cross-entropy")]
-    pairs += [(default, "default, cross-entropy"), (default, "default, reverse KL")]
+    forward, both, text, reverse = (row for row in RUNS if row.startswith("default, "))
+    reverse, text = text, reverse
+    pairs += [(forward, both), (both, text), (forward, text), (forward, reverse)]
     halves = ("half of the layers, plain", "half of the layers, default")
     pairs += [(f"{row}, hidden-state losses", row) for row in halves]
     rows = []
@@ -348,41 +347,36 @@ def plot(mode: Mode, found: dict[str, list[dict]], path: Path) -> None:
 
 
 def print_all(name: str, mode: Mode, rates: dict, results: Results) -> None:
-    found = {row: seeds_of(row, mode, rates, results) for row in rows_of(mode)}
-    plot(mode, found, (results.folder if name == "quick" else ROOT / "benchmarks") / "recovery.png")
+    found = {row: seeds_of(row, mode, rates, results) for row in mode.rows}
+    plot(mode, found, (ROOT / "benchmarks" if name == "full" else results.folder) / "recovery.png")
     every = [result for seeds in found.values() for result in seeds]
     print(f"`uv run benchmarks/recovery.py{'' if name == 'full' else ' ' + name}`\n")
     print(f"{platform.machine()}, {PROCESSES} processes of one thread, {describe(Job('', 0, 0, 0))['versions']}")
     seeds = f"{mode.seeds} seeds; cells: mean ± half the range" if mode.seeds > 1 else "one seed"
     print(f"{seeds}; the teacher's loss is ", end="")
-    print(f"{every[0]['evaluations'][-1]['teacher_loss']:.3f}")
+    print(f"{every[0]['teacher_loss']:.3f}")
     print("Figures before the last are of a schedule that ends at the last, not there.")
     print(f"The longest run goes over its training text {max(result['passes'] for result in every):.2f} times.")
-    if not has_hidden_loss():
-        print("distill.py has no hidden-state losses: their rows are left out.")
     print_rates(mode, results)
     print_runs(mode, found, rates)
     print_shares(mode, found)
     print_orders(found)
 
 
-def rows_of(mode: Mode) -> list[str]:
-    return [row for row in mode.rows if has_hidden_loss() or not RUNS[row][2]]
+def job_of(row: str, mode: Mode, rates: dict, seed: int) -> Job:
+    return Job(row, rates[RUNS[row][0].split(",")[0]], seed, mode.budget * RUNS[row][3])
 
 
 def main(name: str, folder: Path) -> None:
-    mode, results = MODES[name], Results(folder)
+    kept = ROOT / "benchmarks" / "recovery.jsonl" if name == "full" else folder / "results.jsonl"
+    mode, results = MODES[name], Results(folder, kept)
     folder.mkdir(parents=True, exist_ok=True)
     first = [Job(row, rate, 0, mode.budget) for row in FIRST for rate in mode.rates]
     with get_context("spawn").Pool(PROCESSES) as pool:
-        pool.map(prepare_here, [(seed, folder) for seed in range(mode.seeds)], chunksize=1)
-        rows = rows_of(mode)
-        results.run_all(first, len(rows) * mode.seeds - len(FIRST), pool)
+        results.run_all(first, pool)
         rates = {way: best_rate(way, mode, results) for way in WAYS}
-        rest = [
-            Job(row, rates[RUNS[row][0].split(",")[0]], seed, mode.budget) for seed in range(mode.seeds) for row in rows
-        ]
-        results.run_all(rest, 0, pool)
+        rest = [job_of(row, mode, rates, seed) for seed in range(mode.seeds) for row in mode.rows]
+        results.run_all(rest, pool)
         pool.close()
         pool.join()
     print_all(name, mode, rates, results)

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIGS, one_document_rows, random_model, some_ids
+from conftest import CONFIGS, one_document_rows, random_model, save_checkpoint, some_ids
 from test_distill import Rows, run_constants
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
@@ -221,3 +223,39 @@ def test_a_kernel_that_is_not_there_is_a_reason_and_no_traceback():
 def test_the_trial_passes_on_a_gpu():
     assert attention.trial(heads(8, 8), torch.device("cuda"), torch.bfloat16) is None
     assert attention.trial(heads(8, 2), torch.device("cuda"), torch.bfloat16) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# COMPILE
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_are_run_and_give_the_same(checkpointing, text, tmp_path, monkeypatch):
+    """Traced and differentiated as COMPILE does it, but not translated to C++, which takes long."""
+    graphs, compile = [], torch.nn.Module.compile
+
+    def run_as_it_is(graph, example_inputs):
+        return make_boxed_func(lambda *inputs: graphs.append(1) or graph(*inputs))
+
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda m: compile(m, backend=aot_autograd(fw_compiler=run_as_it_is))
+    )
+    torch.compiler.reset()
+    pair = [save_checkpoint(tmp_path / str(n), "olmo3", seed=n, num_hidden_layers=4) for n in (1, 2)]
+    constants = run_constants(pair, text, tmp_path / "out", GRADIENT_CHECKPOINTING=checkpointing)
+    settings = distill.derive_settings(common.read_constants(distill) | constants)
+    batch = distill.step_batches(Rows(4), 0, settings)[0]
+    checkpoints = [common.find_checkpoint(str(folder), None, "STUDENT") for folder in pair]
+    found = []
+    for settings.compile in (False, True):
+        teacher, student = distill.load_pair(*checkpoints, settings)
+        settings.compile = False  # of the loss
+        student.train()
+        loss = distill.backward(student, teacher, batch, 50, settings)
+        ran = len(graphs)
+        gradients = torch.cat([parameter.grad.flatten() for parameter in student.parameters()])
+        evaluation = distill.hidden_states(student.eval(), batch, torch.float32)
+        found.append((loss, gradients, evaluation))
+    assert ran >= 4 + 2 * 4  # every layer of the student forward and backward, and of the teacher
+    assert len(graphs) > ran  # in evaluation too
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
