@@ -876,11 +876,12 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
     if latest:
         check_same_text(read_json(latest / "pare.json"), record)
     settings.end_of_text = common.load_tokenizer(teacher_checkpoint, "TEACHER").eos_token_id
-    before = unquantized_states(teacher_checkpoint, held_out, settings) if settings.quantization else None
-    teacher, student = load_pair(teacher_checkpoint, student_checkpoint, settings)
-    if before:
-        record["teacher"]["quantization_kl"] = quantization_kl(teacher, *before, settings)
-        del before
+    with enough_memory(settings, latest is not None):
+        before = unquantized_states(teacher_checkpoint, held_out, settings) if settings.quantization else None
+        teacher, student = load_pair(teacher_checkpoint, student_checkpoint, settings)
+        if before:
+            record["teacher"]["quantization_kl"] = quantization_kl(teacher, *before, settings)
+            del before  # its memory
     if settings.hidden_loss:
         if kept is None:
             add_projection(student, teacher.config.hidden_size, settings)

@@ -191,6 +191,16 @@ def test_with_other_settings(more, pair, text, tmp_path):
     assert last[key] < first[key]
 
 
+@needs_torchao
+def test_a_micro_batch_too_large_for_the_whole_teacher_is_said(pair, text, tmp_path, monkeypatch):
+    def out_of_memory(teacher, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(distill, "teacher_states", out_of_memory)
+    with pytest.raises(PareError, match="MICRO_BATCH_SIZE = 2 rows"):
+        distilled(pair, text, tmp_path / "out", TEACHER_QUANTIZATION="8bit")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Refused before anything is loaded or packed
 
