@@ -192,7 +192,7 @@ def run_record(script: types.ModuleType, **more) -> dict:
         git = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # no git on this machine
         git = ""
-    packages = ("torch", "transformers", "datasets", "accelerate", "safetensors")
+    packages = ("torch", "transformers", "datasets", "accelerate", "safetensors", "torchao")
     versions = {name: version(name) for name in packages if importlib.util.find_spec(name)}
     return {
         "script": Path(script.__file__).name,
@@ -690,8 +690,8 @@ def hash_config(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(checkpoint.raw, sort_keys=True).encode()).hexdigest()
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, constant: str):
-    """Load a causal language model strictly, in eval mode.
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, constant: str, quantization=None):
+    """Load a causal language model strictly, in eval mode; `quantization` is a config of transformers.
 
     Safetensors only, no remote code, no missing, unexpected or mismatched key, finite weights; else PareError. A model
     that is too large for its GPU is spread over all of them, and over the CPU's memory.
@@ -713,6 +713,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
             trust_remote_code=False,
             output_loading_info=True,
             attn_implementation="sdpa",
+            quantization_config=quantization,
         )
     except (*REFUSALS, OSError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -730,9 +731,16 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
                 f"{checkpoint.again}"
             )
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not torch.isfinite(parameter).all():  # on meta: waits in the CPU's memory
+        # on meta: waits in the CPU's memory
+        if not parameter.is_meta and not all(tensor.isfinite().all() for tensor in stored_tensors(parameter)):
             raise PareError(f"{what}: {name} holds values that are not finite. {checkpoint.again}")
     return model.eval()
+
+
+def stored_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """What a parameter is stored as: itself, or the integers and scales of one that a tensor subclass quantises."""
+    names = parameter.__tensor_flatten__()[0] if hasattr(parameter, "__tensor_flatten__") else []
+    return [getattr(parameter, name) for name in names] or [parameter]
 
 
 def check_hashes(checkpoint: Checkpoint, constant: str) -> None:

@@ -35,6 +35,7 @@ import attention
 import common
 import data
 import losses
+import quantization
 import sharding
 from checkpoints import (
     SaveError,
@@ -69,6 +70,7 @@ WEIGHT_DECAY: float = 0.1  # of matrices; norms and biases have none
 LOSS: str = "forward_kl"  # one of losses.LOSSES; "cross_entropy" with STUDENT = TEACHER corrects the teacher
 JSD_BETA: float = 0.5  # of LOSS = "jsd": towards 0 it acts as the forward KL, towards 1 as the reverse
 HIDDEN_LOSS: bool = False  # beside LOSS, states within the models; for students that lost depth
+TEACHER_QUANTIZATION: str | None = None  # None | "8bit": the teacher's linear layers by torchao, half their memory
 TEMPERATURE: float = 1.0  # 1 was best (arXiv 2407.14679 §4.3)
 GRADIENT_CHECKPOINTING: bool = True  # a third more compute for much less memory
 LOSS_CHUNK_BYTES: int | None = None  # memory of the loss beside its gradients; None is 2**30 on a GPU, 2**28 elsewhere
@@ -701,6 +703,7 @@ def derive_settings(constants: dict, world: int = 1) -> SimpleNamespace:
     if settings.loss_chunk_bytes is None:
         settings.loss_chunk_bytes = 2**30 if settings.device.type == "cuda" else 2**28
     common.check_positive({"LOSS_CHUNK_BYTES": settings.loss_chunk_bytes}, "LOSS_CHUNK_BYTES")
+    settings.quantization = quantization.config_of("TEACHER_QUANTIZATION", settings.teacher_quantization, world)
     settings.hidden = None  # a HiddenLoss in a run with HIDDEN_LOSS
     return settings
 
@@ -802,7 +805,7 @@ def switch_off_dropout(model) -> None:
 
 def load_pair(teacher_checkpoint, student_checkpoint, settings) -> tuple:
     """Teacher in the compute dtype, student in float32, on the device."""
-    teacher = common.load_model(teacher_checkpoint, settings.dtype, settings.device, "TEACHER")
+    teacher = common.load_model(teacher_checkpoint, settings.dtype, settings.device, "TEACHER", settings.quantization)
     student = common.load_model(student_checkpoint, torch.float32, settings.device, "STUDENT")
     switch_off_dropout(student)
     teacher.requires_grad_(False)
@@ -817,6 +820,28 @@ def load_pair(teacher_checkpoint, student_checkpoint, settings) -> tuple:
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)  # renamed
         enable({"use_reentrant": False})
     return sharding.shard(teacher, settings.dtype), sharding.shard(student, settings.dtype)
+
+
+def unquantized_states(checkpoint: common.Checkpoint, held_out, settings) -> tuple[Batch, torch.Tensor]:
+    """The first held-out micro-batch, and the teacher's states (N, H) of it before it is loaded again and quantised."""
+    teacher = common.load_model(checkpoint, settings.dtype, settings.device, "TEACHER")
+    batch = fetch(held_out, range(min(settings.micro_batch_size, len(held_out))), settings.device)
+    states = teacher_states(teacher, batch)
+    del teacher
+    if settings.device.type == "cuda":
+        torch.cuda.empty_cache()  # load_model looks at what the device has free
+    return batch, states
+
+
+def quantization_kl(teacher, batch: Batch, targets: torch.Tensor, settings) -> float:
+    """Mean KL of the quantised teacher to what it was, whose states (N, H) `targets` are, in nats per token; printed.
+    The LM head is the same in both."""
+    head, count = sharding.head_weight(teacher), len(targets)
+    options = {"denominator": max(1, count), "chunk_bytes": settings.loss_chunk_bytes}
+    kl = losses.logit_loss("forward_kl", teacher_states(teacher, batch), head, targets, head, **options).item()
+    dtype = str(settings.dtype)[6:]
+    print(f"teacher in {settings.teacher_quantization}: KL {kl:.5f} to the {dtype} one, on one batch of {count} tokens")
+    return kl
 
 
 def kept_channels(teacher: common.Checkpoint, student: common.Checkpoint) -> torch.Tensor | None:
@@ -869,7 +894,12 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
     if latest:
         check_same_text(read_json(latest / "pare.json"), record)
     settings.end_of_text = common.load_tokenizer(teacher_checkpoint, "TEACHER").eos_token_id
-    teacher, student = load_pair(teacher_checkpoint, student_checkpoint, settings)
+    with enough_memory(settings, latest is not None):
+        before = unquantized_states(teacher_checkpoint, held_out, settings) if settings.quantization else None
+        teacher, student = load_pair(teacher_checkpoint, student_checkpoint, settings)
+        if before:
+            record["teacher"]["quantization_kl"] = quantization_kl(teacher, *before, settings)
+            del before  # its memory
     if settings.hidden_loss:
         if kept is None:
             add_projection(student, teacher.config.hidden_size, settings)

@@ -169,7 +169,7 @@ def configs(gpu: bool) -> tuple:
     return teacher, transformers.Olmo3Config(**OLMO_3_7B | vars(sizes) | {"head_dim": 128})
 
 
-def build(config, dtype: torch.dtype, device: torch.device, constant: str):
+def build(config, dtype: torch.dtype, device: torch.device, constant: str, quantization=None):
     """A random model in place of common.load_model, which reads one."""
     with device:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()

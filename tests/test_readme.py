@@ -40,15 +40,8 @@ def test_ci_calls_the_readmes_test_command():
 def test_the_top_level_is_flat():
     allowed = {
         *("README.md", "LICENSE", "pyproject.toml", "uv.lock", "common.py", "demo.py", "distill.py", "prune.py"),
-        *(
-            "importance_analysis.py",
-            "refit.py",
-            "losses.py",
-            "data.py",
-            "checkpoints.py",
-            "sharding.py",
-            "attention.py",
-        ),
+        *("importance_analysis.py", "refit.py", "losses.py", "data.py", "checkpoints.py", "sharding.py"),
+        *("attention.py", "quantization.py"),
         *("tests", "benchmarks", "assets"),
     }
     import subprocess
