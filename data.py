@@ -200,6 +200,8 @@ def open_splits(source: TextSource) -> dict:
     except PareError:
         raise
     except datasets.exceptions.DatasetNotFoundError as error:
+        if "gated" in str(error):
+            raise PareError(f"{what} is gated: accept its terms on the Hub, then run `hf auth login`.") from None
         raise PareError(f"{what} is neither a file here nor a dataset on the Hub ({first_line(error)}).") from None
     except ConnectionError as error:
         raise PareError(

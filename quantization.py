@@ -38,5 +38,5 @@ def config_of(constant: str, name: str | None, world: int):
     except (ImportError, TypeError, ValueError) as error:  # not there, or in a version that knows nothing of this
         raise PareError(
             f"{constant} = {name!r} needs {package} ({common.first_line(error)}).\n"
-            f"Run `uv run --with '{package}' distill.py`."
+            f"Run `uv run --group quantization distill.py`."
         ) from None

@@ -501,6 +501,7 @@ FILES = {  # what a user may give as a source, and what is in it
     "pairs.jsonl": '{"messages": [["user", "Hi"]]}\n',
     "mixed.jsonl": '{"messages": [{"role": "user", "content": "Hi"}]}\n{"messages": []}\n{"messages": null}\n',
     "good.jsonl": '{"text": "a few words"}\n',
+    "latin.jsonl": '{"text": "café"}\n',
 }
 SOURCES = [  # (the source, what the message holds)
     ({"name": "no.jsonl"}, ["'no.jsonl' does not exist"]),
@@ -512,6 +513,7 @@ SOURCES = [  # (the source, what the message holds)
     ({"name": "pairs.jsonl"}, ["list, not chats", "'role'"]),
     ({"name": "mixed.jsonl"}, ["with column 'messages'", "holds NoneType, not"]),
     ({"name": "broken.jsonl"}, ["cannot be read"]),
+    ({"name": "latin.jsonl"}, ["cannot be read", "utf-8"]),
     ({"name": "image.png"}, [".jsonl", ".parquet"]),
     ({"name": "good.jsonl", "wieght": 2}, ["a key 'wieght'", "name, config, split, column, weight"]),
     ({"name": "good.jsonl", "weight": 0}, ["weight 0", "greater than 0"]),
@@ -533,7 +535,7 @@ def test_sources_that_are_missing_or_wrong(number, constant, refused, text, tmp_
     """Alone and as the second of two, in what is trained on and in what is held out."""
     monkeypatch.chdir(tmp_path)
     for name, content in FILES.items():
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="latin-1" if name == "latin.jsonl" else "utf-8")
     source, parts = SOURCES[number]
     contains(refused(distill, **{constant: [source]}), f"{constant}: ", *parts)
     contains(refused(distill, **{constant: [text, source]}), f"{constant}: ", *parts)
@@ -591,6 +593,14 @@ def test_a_dataset_on_the_hub_without_network(refused, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", missing)
     contains(refused(importance_analysis, DATASET="org/data"), "DATASET = 'org/data'", "neither a file here")
     contains(refused(distill, DATASETS="org/data"), "DATASETS: 'org/data'", "neither a file here")
+
+    def gated(*args, **kwargs):
+        text = "Dataset 'org/data' is a gated dataset on the Hub. You must be authenticated to access it."
+        raise datasets.exceptions.DatasetNotFoundError(text)
+
+    monkeypatch.setattr(datasets, "load_dataset", gated)
+    contains(refused(importance_analysis, DATASET="org/data"), "DATASET = 'org/data' is gated", "hf auth login")
+    contains(refused(distill, EVAL_DATASETS=["org/data"]), "EVAL_DATASETS: 'org/data' is gated", "hf auth login")
 
     def no_such_config(*args, **kwargs):
         raise ValueError("BuilderConfig 'x' not found. Available: ['a', 'b']")

@@ -213,7 +213,7 @@ def test_a_package_that_is_not_there_is_named(pair, text, tmp_path, monkeypatch)
         distilled(pair, text, tmp_path / "out", TEACHER_QUANTIZATION="8bit")
     message = str(error.value)
     assert "TEACHER_QUANTIZATION = '8bit' needs not_there>=1" in message
-    assert "uv run --with 'not_there>=1' distill.py" in message
+    assert "uv run --group quantization distill.py" in message
     assert not (tmp_path / "out").exists()
 
 
