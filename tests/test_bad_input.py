@@ -600,7 +600,7 @@ def test_a_dataset_on_the_hub_without_network(refused, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", gated)
     contains(refused(importance_analysis, DATASET="org/data"), "DATASET = 'org/data' is gated", "hf auth login")
-    contains(refused(distill, EVAL_DATASETS=["org/data"]), "EVAL_DATASETS: 'org/data' is gated", "hf auth login")
+    contains(refused(distill, DATASETS="org/data"), "DATASETS: 'org/data' is gated", "hf auth login")
 
     def no_such_config(*args, **kwargs):
         raise ValueError("BuilderConfig 'x' not found. Available: ['a', 'b']")
