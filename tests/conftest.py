@@ -222,6 +222,11 @@ def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
+def checkpoint_layers(model) -> None:
+    """Gradient checkpointing, by the name that this version of transformers has for it."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def one_document_rows(ids: torch.Tensor, counted=True) -> data.Batch:
     """A batch of rows (B, T); `counted` says of each token whether it counts."""
     counted = torch.as_tensor(counted).expand(ids.shape)

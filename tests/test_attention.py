@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIGS, one_document_rows, random_model, save_checkpoint, some_ids
+from conftest import CONFIGS, checkpoint_layers, one_document_rows, random_model, save_checkpoint, some_ids
 from test_distill import Rows, run_constants
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -69,8 +69,7 @@ def test_packed_documents_do_not_see_each_other(family, implementation, training
     if training:
         model.train()
         distill.switch_off_dropout(model)  # Seed-OSS has some
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        checkpoint_layers(model)
     model.set_attn_implementation(implementation)
     together = distill.hidden_states(model, batch, torch.float32)
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=2e-5)
@@ -95,7 +94,7 @@ def masks_given(model, batch: data.Batch, monkeypatch) -> list:
 
 def test_masks_are_made_once_and_only_where_they_are_needed(monkeypatch):
     model = random_model(CONFIGS["olmo3"](vocab_size=300)).train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model)
     model.set_attn_implementation(attention.MASKED)
     long, short = one_document_rows(some_ids(300)), one_document_rows(some_ids(300, (3, 12)))
     assert masks_given(model, short, monkeypatch) == [None] * 16  # no document is longer than the window of 12

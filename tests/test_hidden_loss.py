@@ -10,6 +10,7 @@ from conftest import (
     CONFIGS,
     KEEP_ALL,
     analyse,
+    checkpoint_layers,
     cut,
     load,
     one_document_rows,
@@ -86,7 +87,7 @@ def test_a_step_equals_float64_in_any_split(family, way, checkpointing, pair, te
         distill.add_projection(student, 48, settings)
         torch.testing.assert_close(student.hidden_projection.weight.T @ student.hidden_projection.weight, torch.eye(32))
     if checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(student)
     student.train()
     rows, reference = Rows(4), copy.deepcopy(student).double().eval()
     assert len({int(row.sum()) for row in rows[:]["counted"]}) > 1
@@ -137,7 +138,7 @@ def test_a_state_of_zeros_is_at_distance_1_and_has_no_gradient():
 def test_off_a_step_has_the_bits_of_the_logits_loss_alone(checkpointing, pair, text, tmp_path):
     teacher, student = load(pair[0]), load(pair[1])
     if checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(student)
     student.train()
     rows, settings = Rows(4), settings_for(pair, text, tmp_path)
     indices = data.row_indices(0, 4, 4, settings.seed)
