@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 import common
 import data
 import losses
+import preflight
 import sharding
 from checkpoints import (
     SaveError,
@@ -421,11 +422,13 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
             log(0, evaluate(student, teacher, held_out, settings))
     progress = common.Progress(settings.num_steps, "steps", "distilling", done=first_step)
     saved, stopped = True, False  # at the last try; by a signal
+    seconds = []
     with stop_signals() as signals, enough_memory(settings, first_step > 0):
         for step in range(first_step, settings.num_steps):
             start = time.monotonic()
             loss, gradient_norm = train_step(student, teacher, rows, optimizer, step, settings)
-            tokens_per_second = settings.tokens_per_step / (time.monotonic() - start)
+            seconds.append(time.monotonic() - start)
+            tokens_per_second = settings.tokens_per_step / seconds[-1]
             done, last = step + 1, step + 1 == settings.num_steps
             metrics = {
                 "loss": loss,
@@ -447,6 +450,8 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
             log(done, metrics)
             check_bad_steps(bad_steps, done, settings)
             progress.update(1, text)
+            if len(seconds) == 3:
+                progress.note(preflight.speed(seconds, settings.num_steps - done, settings))
             must = last or any_process(signals)
             if must or done % settings.save_every == 0:
                 saved = try_to_save(save, done, bad_steps, must or not saved)
@@ -859,7 +864,7 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
         settings.hidden = HiddenLoss(kept if kept is None else kept.to(settings.device), weight)
     optimizer = build_optimizer(student, settings)
     first_step, bad_steps = load_checkpoint(latest, student, optimizer) if latest else (0, 0)
-    print_plan(student, rows, first_step, settings)
+    print_plan(rows, first_step, settings)
 
     log = lambda step, metrics: None  # noqa: E731
     if rank == 0:
@@ -907,6 +912,7 @@ def main() -> Path:
             else:
                 shapes = {name: info.shape for name, info in common.tensor_infos(student, "STUDENT").items()}
                 check_room(settings.checkpoints, common.count_parameters(shapes)[0], KEEP_CHECKPOINTS)
+                settings.expected_bytes = preflight.print_preflight(teacher, student, settings, world)
                 finished = run(output, teacher, student, record, settings)
         print_results(with_nan(finished["before"]), with_nan(finished["after"]))
         print(
@@ -926,15 +932,8 @@ def make_record(teacher: common.Checkpoint, student: common.Checkpoint, settings
     )
 
 
-def print_plan(student, rows, first_step: int, settings) -> None:
-    num_tokens = settings.num_steps * settings.tokens_per_step
+def print_plan(rows, first_step: int, settings) -> None:
     epochs = settings.num_steps * settings.rows_per_step / len(rows)
-    accumulation = settings.rows_per_step // settings.micro_batch_size
-    print(
-        f"{student.num_parameters():,} parameters on {settings.device}, compute in {str(settings.dtype)[6:]}\n"
-        f"{settings.num_steps} steps of {settings.tokens_per_step} tokens ({accumulation} micro-batches of "
-        f"{settings.micro_batch_size} x {settings.sequence_length}), {num_tokens:,} tokens"
-    )
     if epochs > 1:
         print(f"the text gives {len(rows)} rows, so training goes over it {epochs:.1f} times")
     if first_step:

@@ -9,10 +9,10 @@ so it is never the peak. Nothing here is a setting, and importing it does nothin
 Shapes: B rows, T tokens of a row, H hidden, F intermediate, V vocabulary.
 """
 
-import copy
 import itertools
 import math
 import statistics
+from types import SimpleNamespace
 
 import torch
 
@@ -71,11 +71,11 @@ def layer_activations(model: common.Checkpoint, dtype: torch.dtype) -> int:
 
 
 def working_bytes(model: common.Checkpoint, dtype: torch.dtype) -> int:
-    """Bytes for each token that a layer of a forward pass without gradients works with: the rotation of keys, or the
-    feed-forward part, beside the residual stream and its predecessor."""
+    """Bytes for each token that a forward pass without gradients works with: where keys are rotated, in float32, or
+    between the feed-forward part's linear layers; beside the residual stream and what was made of it."""
     width, size = widths(model), dtype.itemsize
     rotation = (size + FLOAT32) * width[QUERY] + (2 * size + 3 * FLOAT32) * width[KEY_VALUE]
-    return 2 * size * width[HIDDEN] + max(rotation, 3 * size * width[NEURONS])
+    return size * 2 * width[HIDDEN] + max(rotation, size * (2 * width[HIDDEN] + 3 * width[NEURONS]))
 
 
 def mask_bytes(model: common.Checkpoint, rows: int, length: int) -> int:
@@ -129,13 +129,17 @@ def memory_parts(teacher, student, settings, world: int, teacher_linear_bytes: f
     targets = tokens * teacher_hidden * size * has_teacher
     targets += 2 * tokens * (2 * FLOAT32 * hidden + size * teacher_hidden) * settings.hidden_loss
     forward = tokens * working_bytes(teacher, dtype) + numbers + mask_bytes(teacher, rows, length)
-    backward = tokens * hidden * 5 * FLOAT32 + layer * checkpointing  # of a norm, in a layer computed once more
+    # Of the final norm; or of a layer computed once more, when that has let go of two such arrays.
+    backward = layer + tokens * hidden * 3 * FLOAT32 if checkpointing else tokens * hidden * 5 * FLOAT32
+    head = FLOAT32 * head_weights(student)
+    tied = head * student.config.tie_word_embeddings  # the head's gradient waits for that of the embeddings
     of_all = FLOAT32 * parameters // world
-    before = of_all if settings.rows_per_step > rows * world else 0  # gradients that a micro-batch finds
+    before = of_all if settings.rows_per_step > rows else 0  # gradients that a micro-batch finds
     moments = {  # of a step -> the gradients there, the activations, and what is at work
         "the teacher's forward pass": (before, activations, forward * has_teacher),
         "the loss": (before, activations, targets + loss_bytes(student, settings)),
-        "a layer's backward pass": (before or FLOAT32 * head_weights(student), activations, targets + backward),
+        "a layer's backward pass": (before or head, activations, targets + backward + tied),
+        "the embeddings' gradients": (of_all, 0, head + 2 * tied),
         "the optimizer": (of_all, 0, 0),
     }
     peak = max(moments, key=lambda moment: sum(moments[moment]))
@@ -149,3 +153,82 @@ def memory_parts(teacher, student, settings, world: int, teacher_linear_bytes: f
         "activations": activations,
         f"at the peak: {peak}": at_work,
     }
+
+
+def what_fits(teacher, student, settings, world: int, free: int) -> str | None:
+    """The first constants with which the peak is at most `free` bytes: smaller micro-batches, checkpointing, more
+    processes, shorter rows, each tried with those before it; a step keeps its tokens. None where nothing fits."""
+    rows, length = settings.micro_batch_size, settings.sequence_length
+    for tried_length, processes, checkpointing, size in itertools.product(  # the last varies first
+        [length, *(length // 2**i for i in range(1, 9) if length // 2**i >= SHORTEST)],
+        [world * 2**i for i in range(4 if settings.device.type == "cuda" else 1)],
+        sorted({settings.gradient_checkpointing, True}),
+        [n for n in range(rows, 0, -1) if rows % n == 0],
+    ):
+        constants = {
+            "MICRO_BATCH_SIZE": size,
+            "GRADIENT_CHECKPOINTING": checkpointing,
+            "SEQUENCE_LENGTH": tried_length,
+        }
+        tried = SimpleNamespace(**vars(settings) | {name.lower(): value for name, value in constants.items()})
+        tried.rows_per_step = settings.tokens_per_step // tried_length
+        divides = settings.tokens_per_step % (size * tried_length * processes) == 0
+        if divides and sum(memory_parts(teacher, student, tried, processes).values()) <= free:
+            changed = [f"{n} = {value}" for n, value in constants.items() if value != getattr(settings, n.lower())]
+            launch = [f"`accelerate launch --num_processes {processes} distill.py`"] * (processes > world)
+            return " and ".join(changed + launch)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed
+
+
+def disk_parts(num_parameters: int, settings) -> dict[str, int]:
+    """Bytes that a run writes at most, by part."""
+    rows = settings.num_steps * settings.rows_per_step + max(1, settings.eval_tokens // settings.sequence_length)
+    number = settings.keep_checkpoints + 1
+    return {
+        f"{number} checkpoints, one being written": number * checkpoints.BYTES_PER_PARAMETER * num_parameters,
+        "the model in bfloat16": 2 * num_parameters,
+        "the packed text": math.ceil(rows * settings.sequence_length * data.BYTES_PER_TOKEN),
+    }
+
+
+def verdict(teacher, student, settings, world: int, needed: int, free: int) -> str:
+    if needed <= free:
+        return "fits" if needed <= 0.9 * free else "fits, with less than a tenth to spare"
+    advice = what_fits(teacher, student, settings, world, free)
+    return f"does not fit. This would: {advice}" if advice else "does not fit: take a larger device"
+
+
+def print_preflight(teacher: common.Checkpoint, student: common.Checkpoint, settings, world: int) -> int:
+    """Say what the run will take, before anything is loaded; returns the peak in bytes on one device."""
+    sizes = [
+        common.count_parameters({name: info.shape for name, info in common.tensor_infos(model, constant).items()})[0]
+        for model, constant in ((teacher, "TEACHER"), (student, "STUDENT"))
+    ]
+    memory, disk = memory_parts(teacher, student, settings, world), disk_parts(sizes[1], settings)
+    num_tokens, accumulation = settings.tokens_per_step, settings.rows_per_step // settings.micro_batch_size
+    print(
+        f"{sizes[0]:,} -> {sizes[1]:,} parameters on {settings.device}, compute in {str(settings.dtype)[6:]}\n"
+        f"{settings.num_steps} steps of {num_tokens} tokens ({accumulation} micro-batches of "
+        f"{settings.micro_batch_size} x {settings.sequence_length}), {settings.num_steps * num_tokens:,} tokens"
+    )
+    needed, free = sum(memory.values()), common.available_bytes(settings.device)
+    free_disk = checkpoints.free_bytes(settings.checkpoints)
+    rows = [*memory.items(), ("memory" + " of each process" * (world > 1), needed), ("free there", free)]
+    rows += [*disk.items(), ("disk", sum(disk.values())), ("free there", free_disk)]
+    common.print_table([[part, f"{size / 1e9:.2f} GB"] for part, size in rows if size])
+    print(f"memory {verdict(teacher, student, settings, world, needed, free)}", flush=True)
+    return needed
+
+
+def speed(seconds: list[float], steps_left: int, settings) -> str:
+    """From the seconds of the first steps, of which the very first is left out: it warms up."""
+    median = statistics.median(seconds[1:])
+    text = f"{settings.tokens_per_step / median:,.0f} tokens/s: {steps_left * median / 3600:.3g} hours to go"
+    if settings.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(settings.device)
+        text += f"; at most {peak / 1e9:.1f} GB so far, {settings.expected_bytes / 1e9:.1f} GB expected"
+    return text
