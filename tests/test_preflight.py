@@ -182,6 +182,21 @@ def test_memory_is_that_of_a_step_at_true_widths_and_depth(as_a_gpu, monkeypatch
     check(olmo(32), settings_for(), monkeypatch)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_memory_is_that_of_a_step_of_long_rows(as_a_gpu, monkeypatch, checkpointing):
+    """Masks grow with the square of the length."""
+    settings = settings_for(SEQUENCE_LENGTH=2**15, GRADIENT_CHECKPOINTING=checkpointing)
+    check(olmo(4), settings, monkeypatch)
+
+
+def test_memory_is_that_of_a_large_teacher_and_a_small_student(as_a_gpu, monkeypatch):
+    """The peak is the teacher's forward pass."""
+    small = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4}
+    teacher, _ = olmo(4)
+    student = transformers.Olmo3Config(**teacher.to_dict() | small)
+    check((teacher, student), settings_for(MICRO_BATCH_SIZE=4), monkeypatch)
+
+
 @pytest.mark.parametrize("family", REAL_SHAPES)
 def test_memory_is_that_of_a_step_in_each_family(as_a_gpu, monkeypatch, family):
     heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 128256}
@@ -254,9 +269,10 @@ def test_what_does_not_fit_is_told_what_would(gigabytes, advice):
 
 def test_advice_is_true():
     """For many sizes of a device: with the constants that are named the peak is below what is free."""
-    models = [checkpoint(config) for config in olmo(32)]
-    for gigabytes in range(10, 320, 10):
-        settings = settings_for("cuda", MICRO_BATCH_SIZE=4, GRADIENT_CHECKPOINTING=False)
+    models, constants = [checkpoint(c) for c in olmo(32)], {"MICRO_BATCH_SIZE": 4, "GRADIENT_CHECKPOINTING": False}
+    needed = sum(preflight.memory_parts(*models, settings_for("cuda", **constants), 1).values())
+    for gigabytes in range(10, needed // 10**9, 10):
+        settings = settings_for("cuda", **constants)
         advice = preflight.what_fits(*models, settings, 1, gigabytes * 10**9)
         if advice is None:
             assert gigabytes < 30
