@@ -38,8 +38,8 @@ class Documents:
             return None
         place = torch.arange(B * T, device=self.bounds.device)
         document = torch.bucketize(place, self.bounds, right=True).view(B, T)
-        distance = place[:T, None] - place[None, :T]
-        visible = (distance >= 0) & (distance < (window or T)) & (document[:, :, None] == document[:, None, :])
+        query, key = place[:T, None], place[None, :T]
+        visible = (key <= query) & (key > query - (window or T)) & (document[:, :, None] == document[:, None, :])
         return torch.zeros((), dtype=dtype, device=place.device).where(visible, -torch.inf)[:, None]
 
 

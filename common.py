@@ -185,6 +185,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES.get(name, torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
+def available_bytes(device: torch.device) -> int:
+    """Memory of the device that is free now; on a CPU a process's share of what the system has available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        available = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):  # not Linux
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def run_record(script: types.ModuleType, **more) -> dict:
     """What stands beside every output: script, constants, versions, git commit of Pare, and whatever else is given."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
@@ -253,6 +264,10 @@ class Progress:
         if self.bar.disable and (time.monotonic() - self.last > 10 or self.done >= self.total):
             self.last = time.monotonic()
             print(f"{self.description}: {self.done}/{self.total} {self.unit}  {text}".rstrip(), flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.bar.write(text)
 
     def close(self) -> None:
         self.bar.close()

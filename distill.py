@@ -35,6 +35,7 @@ import attention
 import common
 import data
 import losses
+import preflight
 import quantization
 import sharding
 from checkpoints import (
@@ -62,7 +63,7 @@ EVAL_DATASETS: str | list | None = None  # held-out text like DATASETS; None hol
 SEQUENCE_LENGTH: int = 4096  # tokens per row
 TRAIN_TOKENS: int = 500_000_000  # the papers use 94B; most of the recovery comes early
 TOKENS_PER_STEP: int = 2**18  # per optimizer step
-MICRO_BATCH_SIZE: int = 4  # rows per forward pass; the rest of a step is accumulated
+MICRO_BATCH_SIZE: int = 2  # rows per forward pass; the rest of a step is accumulated
 LEARNING_RATE: float = 1e-4  # peak (arXiv 2408.11796 Table 4)
 MIN_LEARNING_RATE: float = 1e-5  # at the end of the cosine
 WARMUP_STEPS: int = 60  # linear
@@ -431,13 +432,15 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
             log(0, evaluate(student, teacher, held_out, settings))
     progress = common.Progress(settings.num_steps, "steps", "distilling", done=first_step)
     saved, stopped = True, False  # at the last try; by a signal
+    seconds = []
     with stop_signals() as signals, enough_memory(settings, first_step > 0), ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(step_batches, rows, first_step, settings)
         for step in range(first_step, settings.num_steps):
             start = time.monotonic()
             batches, ahead = ahead.result(), thread.submit(step_batches, rows, step + 1, settings)
             loss, gradient_norm = train_step(student, teacher, batches, optimizer, step, settings)
-            tokens_per_second = settings.tokens_per_step / (time.monotonic() - start)
+            seconds.append(time.monotonic() - start)
+            tokens_per_second = settings.tokens_per_step / seconds[-1]
             done, last = step + 1, step + 1 == settings.num_steps
             metrics = {
                 "loss": loss,
@@ -459,6 +462,8 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
             log(done, metrics)
             check_bad_steps(bad_steps, done, settings)
             progress.update(1, text)
+            if len(seconds) == 3:
+                progress.note(preflight.speed(seconds, settings.num_steps - done, settings))
             must = last or any_process(signals)
             if must or done % settings.save_every == 0:
                 saved = try_to_save(save, done, bad_steps, must or not saved)
@@ -704,6 +709,7 @@ def derive_settings(constants: dict, world: int = 1) -> SimpleNamespace:
         settings.loss_chunk_bytes = 2**30 if settings.device.type == "cuda" else 2**28
     common.check_positive({"LOSS_CHUNK_BYTES": settings.loss_chunk_bytes}, "LOSS_CHUNK_BYTES")
     settings.quantization = quantization.config_of("TEACHER_QUANTIZATION", settings.teacher_quantization, world)
+    settings.implementation = attention.MASKED  # or what find_pair finds that these models can have
     settings.hidden = None  # a HiddenLoss in a run with HIDDEN_LOSS
     return settings
 
@@ -728,6 +734,8 @@ def find_pair(output: Path, settings) -> tuple[common.Checkpoint, common.Checkpo
             what = f"{constant} = {checkpoint.name!r} has {checkpoint.config.num_hidden_layers} layers"
             raise PareError(f"HIDDEN_LOSS = True needs 4 layers or more: {what}. Set HIDDEN_LOSS = False.")
     check_same_vocabulary(teacher, student)
+    configs = [teacher.config, student.config]
+    settings.implementation = attention.choose(settings.attention, configs, settings.device, settings.dtype)
     return teacher, student
 
 
@@ -809,11 +817,9 @@ def load_pair(teacher_checkpoint, student_checkpoint, settings) -> tuple:
     student = common.load_model(student_checkpoint, torch.float32, settings.device, "STUDENT")
     switch_off_dropout(student)
     teacher.requires_grad_(False)
-    configs = [teacher.config, student.config]
-    implementation = attention.choose(settings.attention, configs, settings.device, settings.dtype)
     torch._dynamo.config.recompile_limit = 64  # of one function: of both models, sliding and not, training and not
     for model in (teacher, student):
-        model.set_attn_implementation(implementation)
+        model.set_attn_implementation(settings.implementation)
         for layer in model.base_model.layers if settings.compile else []:
             layer.compile()
     if settings.gradient_checkpointing:
@@ -907,7 +913,7 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
         settings.hidden = HiddenLoss(kept if kept is None else kept.to(settings.device), weight)
     optimizer = build_optimizer(student, settings)
     first_step, bad_steps = load_checkpoint(latest, student, optimizer) if latest else (0, 0)
-    print_plan(student, rows, first_step, settings)
+    print_plan(rows, first_step, settings)
 
     log = lambda step, metrics: None  # noqa: E731
     if rank == 0:
@@ -955,6 +961,7 @@ def main() -> Path:
             else:
                 shapes = {name: info.shape for name, info in common.tensor_infos(student, "STUDENT").items()}
                 check_room(settings.checkpoints, common.count_parameters(shapes)[0], KEEP_CHECKPOINTS)
+                settings.expected_bytes = preflight.print_preflight(teacher, student, settings, world)
                 finished = run(output, teacher, student, record, settings)
         print_results(with_nan(finished["before"]), with_nan(finished["after"]))
         print(
@@ -974,15 +981,8 @@ def make_record(teacher: common.Checkpoint, student: common.Checkpoint, settings
     )
 
 
-def print_plan(student, rows, first_step: int, settings) -> None:
-    num_tokens = settings.num_steps * settings.tokens_per_step
+def print_plan(rows, first_step: int, settings) -> None:
     epochs = settings.num_steps * settings.rows_per_step / len(rows)
-    accumulation = settings.rows_per_step // settings.micro_batch_size
-    print(
-        f"{student.num_parameters():,} parameters on {settings.device}, compute in {str(settings.dtype)[6:]}\n"
-        f"{settings.num_steps} steps of {settings.tokens_per_step} tokens ({accumulation} micro-batches of "
-        f"{settings.micro_batch_size} x {settings.sequence_length}), {num_tokens:,} tokens"
-    )
     if epochs > 1:
         print(f"the text gives {len(rows)} rows, so training goes over it {epochs:.1f} times")
     if first_step:

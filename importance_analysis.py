@@ -16,7 +16,6 @@ import glob
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -427,15 +426,8 @@ def moment_bytes(places: dict[str, int]) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes for second moments beside the model: four fifths of what is free, shared by the processes on a CPU."""
-    if device.type == "cuda":
-        return int(0.8 * torch.cuda.mem_get_info(device)[0])
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    try:
-        available = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
-    except (OSError, TypeError):  # not Linux
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-    return int(0.8 * available / processes)
+    """Bytes for second moments beside the model: four fifths of what is free."""
+    return int(0.8 * common.available_bytes(device))
 
 
 def plan_passes(files: dict, budget: int) -> list[dict]:

@@ -19,7 +19,9 @@ def int8_weights():
     return transformers.TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False, version=2))
 
 
-SCHEMES = {"8bit": ("torchao>=0.18", int8_weights)}  # name -> package, and what makes the config of transformers
+SCHEMES = {  # name -> package, what makes the config of transformers, bytes of a linear layer's weight
+    "8bit": ("torchao>=0.18", int8_weights, 1),
+}
 
 
 def config_of(constant: str, name: str | None, world: int):
@@ -32,7 +34,7 @@ def config_of(constant: str, name: str | None, world: int):
             f"{constant} = {name!r} is for one process; here are {world}, and such weights cannot be sharded.\n"
             f"Set {constant} = None: the processes share a teacher that is whole."
         )
-    package, make_config = SCHEMES[name]
+    package, make_config, _ = SCHEMES[name]
     try:
         return make_config()
     except (ImportError, TypeError, ValueError) as error:  # not there, or in a version that knows nothing of this

@@ -41,7 +41,7 @@ def test_the_top_level_is_flat():
     allowed = {
         *("README.md", "LICENSE", "pyproject.toml", "uv.lock", "common.py", "demo.py", "distill.py", "prune.py"),
         *("importance_analysis.py", "refit.py", "losses.py", "data.py", "checkpoints.py", "sharding.py"),
-        *("attention.py", "quantization.py"),
+        *("attention.py", "quantization.py", "preflight.py"),
         *("tests", "benchmarks", "assets"),
     }
     import subprocess
