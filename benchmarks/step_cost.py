@@ -3,7 +3,7 @@
     uv run benchmarks/step_cost.py
 
 Where there is a GPU: Olmo 3 7B -> prune.py's default target at true shapes, rows of 8192 tokens, one at a time, 2**17
-tokens a step, the other constants as distill.py has them; *computed* five minutes on an H100 or H200. Else a small pair
+tokens a step, the other constants as distill.py has them; *computed* six minutes on an H100 or H200. Else a small pair
 on the CPU in float32, two minutes. Weights and text are random; models and optimizer are made by distill.load_pair and
 build_optimizer, and a step is distill.train_step: all micro-batches, clipping, AdamW. Every line of the table, which is
 kept in step_cost.md, is a process of its own. Seconds: the median of steps after a warm-up, in brackets the fastest,
@@ -14,7 +14,8 @@ as much), of the teacher once; attention's products for the pairs of tokens that
 window, likewise; the loss's four products for counted tokens. The floor has also the student's second forward pass
 under GRADIENT_CHECKPOINTING; MFU has not. Floor: at the rate of a square product in the compute dtype, the fastest of
 several before and after the steps. MFU: of that rate on a CPU, of the nominal dense bfloat16 peak on a GPU. Peak:
-what PyTorch allocated on the GPU; on a CPU what was resident, Python and its packages included.
+what PyTorch allocated on the GPU; on a CPU what was resident, Python and its packages included. Preflight: what
+distill.py expects, which is bytes of tensors alone. TFLOP/s: of a square product.
 """
 
 import json
@@ -40,6 +41,7 @@ import common  # noqa: E402
 import data  # noqa: E402
 import demo  # noqa: E402
 import distill  # noqa: E402
+import preflight  # noqa: E402
 import prune  # noqa: E402
 
 SMALL = OLMO_3_7B | {
@@ -62,9 +64,12 @@ LINES = {
     "cpu": {
         "GRADIENT_CHECKPOINTING": ON_CPU,
         "without it": ON_CPU | {"GRADIENT_CHECKPOINTING": False},
+        "COMPILE": ON_CPU | {"COMPILE": True},
+        "COMPILE, without it": ON_CPU | {"COMPILE": True, "GRADIENT_CHECKPOINTING": False},
     },
     "cuda": {
         "default constants": ON_GPU,
+        "ATTENTION = 'sdpa'": ON_GPU | {"ATTENTION": "sdpa"},
         "COMPILE": ON_GPU | {"COMPILE": True},
         "not DETERMINISTIC": ON_GPU | {"DETERMINISTIC": False},
         "COMPILE, not DETERMINISTIC": ON_GPU | {"COMPILE": True, "DETERMINISTIC": False},
@@ -183,6 +188,10 @@ def peak_bytes(device: torch.device) -> int:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
+def as_checkpoint(config) -> SimpleNamespace:
+    return SimpleNamespace(config=config, family=common.FAMILIES[config.model_type], head_dim=config.head_dim)
+
+
 def measure(constants: dict) -> dict:
     """Time, FLOP and memory of steps of one pair."""
     demo.configure(distill, **constants)
@@ -222,6 +231,7 @@ def measure(constants: dict) -> dict:
         "floor_flop": needed + again * settings.gradient_checkpointing,
         "rate": rate,
         "memory": memory,
+        "expected": sum(preflight.memory_parts(*map(as_checkpoint, models), settings, 1).values()),
         "parameters": parameters,
         "dtype": str(settings.dtype)[6:],
     }
@@ -232,8 +242,8 @@ def cells(result: dict, peak: float | None) -> list[str]:
     floor, tokens = result["floor_flop"] / result["rate"], result["tokens"]
     mfu = f"{result['needed_flop'] / median / peak:.1%}" if peak else "peak unknown"
     share = f"{floor / median:.1%} ({floor / fastest:.1%})"
-    speed = f"{tokens / median:,.0f}"
-    return [f"{median:.2f} ({fastest:.2f})", speed, f"{floor:.2f}", share, mfu, f"{result['memory'] / 2**30:.2f}"]
+    memory = [f"{result[name] / 2**30:.2f}" for name in ("memory", "expected")]
+    return [f"{median:.2f} ({fastest:.2f})", f"{tokens / median:,.0f}", f"{floor:.2f}", share, mfu, *memory]
 
 
 def main() -> None:
@@ -258,8 +268,8 @@ def main() -> None:
                 end="",
             )
             print(f"micro-batches of {rows} x {length}, {result['needed_flop']:.3g} FLOP without recomputation\n")
-            print("| | s a step | tokens/s | floor, s | of the floor | MFU | peak, GiB | TFLOP/s of a square product |")
-            print("|---|---|---|---|---|---|---|---|")
+            print("| | s a step | tokens/s | floor, s | of the floor | MFU | peak, GiB | preflight, GiB | TFLOP/s |")
+            print("|---|---|---|---|---|---|---|---|---|")
         peak = PEAKS.get(device) if gpu else result["rate"]
         print("|", " | ".join([name, *cells(result, peak), f"{result['rate'] / 1e12:.3g}"]), "|", flush=True)
 
