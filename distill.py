@@ -9,6 +9,7 @@ sharded over the processes of `accelerate launch`; the student's weights and the
 Shapes: B batch, T tokens, H hidden, V vocabulary, N counted tokens.
 """
 
+import gc
 import importlib
 import importlib.util
 import itertools
@@ -248,9 +249,9 @@ def check_same_run(saved: dict, record: dict) -> None:
         for name in sorted(record["constants"].keys() | saved["constants"].keys())
         if name not in MAY_CHANGE_ON_RESUME and record["constants"].get(name) != saved["constants"].get(name)
     ]
-    for key in ("device", "dtype"):
-        if saved[key] != record[key]:
-            differences.append(f"{key} {record[key]} (was {saved[key]})")
+    for key in ("device", "dtype", "attention"):
+        if saved.get(key) != record[key]:
+            differences.append(f"{key} {record[key]} (was {saved.get(key)})")
     for constant in ("teacher", "student"):
         if saved[constant]["weights_hash"] != record[constant]["weights_hash"]:
             differences.append(f"weights in {constant.upper()} = {record[constant]['name']!r}")
@@ -335,7 +336,7 @@ def train_step(student, teacher, batches: list[Batch], optimizer, step: int, set
 
     One denominator: the counted tokens of the whole step, in all processes.
     """
-    count = torch.tensor(float(sum(len(batch.counted) for batch in batches)), device=settings.device)
+    count = torch.full((), float(sum(len(batch.counted) for batch in batches)), device=settings.device)
     denominator = common.sum_over_processes(count).clamp(min=1)
     total = torch.zeros(2, device=settings.device)  # of the loss, and of L_hidden
     for batch in batches:
@@ -437,7 +438,9 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
         ahead = thread.submit(step_batches, rows, first_step, settings)
         for step in range(first_step, settings.num_steps):
             start = time.monotonic()
-            batches, ahead = ahead.result(), thread.submit(step_batches, rows, step + 1, settings)
+            batches = ahead.result()
+            if step + 1 < settings.num_steps:
+                ahead = thread.submit(step_batches, rows, step + 1, settings)
             loss, gradient_norm = train_step(student, teacher, batches, optimizer, step, settings)
             seconds.append(time.monotonic() - start)
             tokens_per_second = settings.tokens_per_step / seconds[-1]
@@ -709,8 +712,9 @@ def derive_settings(constants: dict, world: int = 1) -> SimpleNamespace:
         settings.loss_chunk_bytes = 2**30 if settings.device.type == "cuda" else 2**28
     common.check_positive({"LOSS_CHUNK_BYTES": settings.loss_chunk_bytes}, "LOSS_CHUNK_BYTES")
     settings.quantization = quantization.config_of("TEACHER_QUANTIZATION", settings.teacher_quantization, world)
-    settings.implementation = attention.MASKED  # or what find_pair finds that these models can have
+    settings.implementation = attention.MASKED  # or what choose_attention finds
     settings.hidden = None  # a HiddenLoss in a run with HIDDEN_LOSS
+    settings.expected_bytes = math.nan  # of memory, which preflight.print_preflight computes
     return settings
 
 
@@ -734,9 +738,17 @@ def find_pair(output: Path, settings) -> tuple[common.Checkpoint, common.Checkpo
             what = f"{constant} = {checkpoint.name!r} has {checkpoint.config.num_hidden_layers} layers"
             raise PareError(f"HIDDEN_LOSS = True needs 4 layers or more: {what}. Set HIDDEN_LOSS = False.")
     check_same_vocabulary(teacher, student)
-    configs = [teacher.config, student.config]
-    settings.implementation = attention.choose(settings.attention, configs, settings.device, settings.dtype)
     return teacher, student
+
+
+def choose_attention(teacher: common.Checkpoint, student: common.Checkpoint, settings) -> None:
+    """Set the implementation that all processes use: a trial on the GPU of rank 0."""
+    # It would be preferred, but its gradients are not deterministic, and it makes a plan for every batch's shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    configs, rank = [teacher.config, student.config], common.rank_and_world()[0]
+    with enough_memory(settings, continued=False):
+        chosen = attention.choose(settings.attention, configs, settings.device, settings.dtype) if rank == 0 else None
+    settings.implementation = common.from_rank_0(chosen)
 
 
 def model_record(checkpoint: common.Checkpoint, constant: str) -> dict:
@@ -817,7 +829,8 @@ def load_pair(teacher_checkpoint, student_checkpoint, settings) -> tuple:
     student = common.load_model(student_checkpoint, torch.float32, settings.device, "STUDENT")
     switch_off_dropout(student)
     teacher.requires_grad_(False)
-    torch._dynamo.config.recompile_limit = 64  # of one function: of both models, sliding and not, training and not
+    if settings.compile:
+        torch._dynamo.config.recompile_limit = 64  # one function's: both models, sliding and not, training and not
     for model in (teacher, student):
         model.set_attn_implementation(settings.implementation)
         for layer in model.base_model.layers if settings.compile else []:
@@ -831,9 +844,11 @@ def load_pair(teacher_checkpoint, student_checkpoint, settings) -> tuple:
 def unquantized_states(checkpoint: common.Checkpoint, held_out, settings) -> tuple[Batch, torch.Tensor]:
     """The first held-out micro-batch, and the teacher's states (N, H) of it before it is loaded again and quantised."""
     teacher = common.load_model(checkpoint, settings.dtype, settings.device, "TEACHER")
+    teacher.set_attn_implementation(settings.implementation)
     batch = fetch(held_out, range(min(settings.micro_batch_size, len(held_out))), settings.device)
     states = teacher_states(teacher, batch)
     del teacher
+    gc.collect()  # hooks of one that is spread refer to it
     if settings.device.type == "cuda":
         torch.cuda.empty_cache()  # load_model looks at what the device has free
     return batch, states
@@ -954,6 +969,7 @@ def main() -> Path:
             check_output(output)
         teacher, student = find_pair(output, settings)
         with common.lock(output, "OUTPUT_DIR", rank), deterministic(DETERMINISTIC, settings.device):
+            choose_attention(teacher, student, settings)
             record = common.from_rank_0(make_record(teacher, student, settings) if rank == 0 else None)
             finished = common.from_rank_0(finished_record(output, teacher, record, settings) if rank == 0 else None)
             if finished:
@@ -978,6 +994,7 @@ def make_record(teacher: common.Checkpoint, student: common.Checkpoint, settings
         tokens=settings.num_steps * settings.tokens_per_step,
         device=settings.device.type,
         dtype=str(settings.dtype)[6:],
+        attention=settings.implementation,
     )
 
 

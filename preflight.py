@@ -86,8 +86,7 @@ def mask_bytes(model: common.Checkpoint, settings) -> int:
     """Masks (B, 1, T, T) of a forward pass: rows hold several documents, or are longer than the window."""
     if settings.implementation == attention.VARLEN:
         return 0
-    window = getattr(model.config, "sliding_window", None)
-    kinds = 2 if window and window < settings.sequence_length else 1
+    kinds = len(attention.windows(model.config, settings.sequence_length))
     return kinds * settings.micro_batch_size * settings.sequence_length**2 * settings.dtype.itemsize
 
 
@@ -205,11 +204,12 @@ def disk_parts(num_parameters: int, settings) -> dict[str, int]:
     }
 
 
-def verdict(teacher, student, settings, world: int, needed: int, free: int) -> str:
+def verdict(teacher, student, settings, world: int, needed: int, free: int, continued: bool = False) -> str:
     if needed <= free:
         return "fits" if needed <= 0.9 * free else "fits, with less than a tenth to spare"
     advice = what_fits(teacher, student, settings, world, free)
-    return f"does not fit. This would: {advice}" if advice else "does not fit: take a larger device"
+    elsewhere = ", in another OUTPUT_DIR: a run continues with its own constants" * continued
+    return f"does not fit. This would: {advice}{elsewhere}" if advice else "does not fit: take a larger device"
 
 
 def print_preflight(teacher: common.Checkpoint, student: common.Checkpoint, settings, world: int) -> int:
@@ -230,7 +230,8 @@ def print_preflight(teacher: common.Checkpoint, student: common.Checkpoint, sett
     rows = [*memory.items(), ("memory" + " of each process" * (world > 1), needed), ("free there", free)]
     rows += [*disk.items(), ("disk", sum(disk.values())), ("free there", free_disk)]
     common.print_table([[part, f"{size / 1e9:.2f} GB"] for part, size in rows if size])
-    print(f"memory {verdict(teacher, student, settings, world, needed, free)}", flush=True)
+    continued = bool(checkpoints.checkpoints_in(settings.checkpoints))
+    print(f"memory {verdict(teacher, student, settings, world, needed, free, continued)}", flush=True)
     return needed
 
 

@@ -36,7 +36,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from prune_cost import OLMO_3_7B  # noqa: E402
 
-import attention  # noqa: E402
 import common  # noqa: E402
 import data  # noqa: E402
 import demo  # noqa: E402
@@ -201,7 +200,7 @@ def measure(constants: dict) -> dict:
     common.load_model = build  # so that distill.load_pair makes random models, and does the rest as ever
     teacher_config, student_config = configs(device.type == "cuda")
     models = [teacher_config, student_config]
-    settings.implementation = attention.choose(settings.attention, models, device, settings.dtype)
+    distill.choose_attention(*map(as_checkpoint, models), settings)
     with distill.deterministic(settings.deterministic, device):
         teacher, student = distill.load_pair(teacher_config, student_config, settings)
         optimizer = distill.build_optimizer(student, settings)

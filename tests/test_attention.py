@@ -217,11 +217,50 @@ def test_a_kernel_that_is_not_there_is_a_reason_and_no_traceback():
     assert attention.trial(heads(), CPU, torch.bfloat16)
 
 
+def test_cudnn_is_never_used(text, tmp_path):
+    """Its gradients would not be the same bits in every run."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    settings = distill.derive_settings(common.read_constants(distill) | run_constants((tmp_path,) * 2, text, tmp_path))
+    model = SimpleNamespace(config=heads())
+    distill.choose_attention(model, model, settings)
+    assert settings.implementation == attention.MASKED
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_full_gpu_is_no_reason_for_other_bits(monkeypatch):
+    def full(*args, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(attention, "varlen_attn", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        attention.trial(heads(), CPU, torch.float32)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_the_trial_passes_on_a_gpu():
+    torch.backends.cuda.enable_cudnn_sdp(False)
     assert attention.trial(heads(8, 8), torch.device("cuda"), torch.bfloat16) is None
     assert attention.trial(heads(8, 2), torch.device("cuda"), torch.bfloat16) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_flash_gives_the_same_bits_twice_on_a_gpu():
+    gpu = torch.device("cuda")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    assert attention.choose("flash", [heads()], gpu, torch.bfloat16) == attention.VARLEN
+    model = random_model(CONFIGS["olmo3"](vocab_size=300)).to(gpu)
+    model.set_attn_implementation(attention.VARLEN)
+    rows = torch.stack([torch.arange(n) for n in (30, 30, 30)])
+    batch = data.make_batch(some_ids(300), rows, torch.ones(3, 30, dtype=torch.bool), gpu)
+    gradients = []
+    with distill.deterministic(True, gpu):
+        for _ in range(2):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = distill.hidden_states(model, batch, torch.bfloat16).float().square().mean()
+            gradients.append(torch.autograd.grad(loss, list(model.base_model.parameters())))
+    assert all(map(torch.equal, *gradients))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,14 @@ def test_tokens_to_reach_a_kl_lie_between_the_evaluations():
     assert recovery.tokens_to_reach(points, 0.4) == (math.inf, False)
 
 
+def test_every_run_of_a_mode_has_steps_and_ends_at_a_point_of_the_tables():
+    for name, mode in recovery.MODES.items():
+        for row in mode.rows:
+            evaluations = mode.budget * recovery.RUNS[row][3] / recovery.EVERY
+            assert evaluations == pytest.approx(round(evaluations))
+            assert evaluations >= 1, (name, row)
+
+
 def test_attended_pairs_are_those_of_the_mask():
     rows = step_cost.RandomRows(4, 96, 50)
     batch = distill.fetch(rows, [0, 2, 3], torch.device("cpu"))

@@ -7,6 +7,7 @@ kernel. What this cannot see, a GPU adds: workspaces of kernels, the allocator's
 gaps, the driver.
 """
 
+import ast
 import sys
 import weakref
 from types import SimpleNamespace
@@ -263,6 +264,7 @@ def test_a_teacher_of_fewer_bits_takes_fewer_bytes():
         (100, "GRADIENT_CHECKPOINTING = True"),
         (90, "MICRO_BATCH_SIZE = 2 and GRADIENT_CHECKPOINTING = True"),
         (80, "MICRO_BATCH_SIZE = 1 and GRADIENT_CHECKPOINTING = True"),
+        (75, "MICRO_BATCH_SIZE = 1 and GRADIENT_CHECKPOINTING = True and TEACHER_QUANTIZATION = '8bit'"),
         (70, "GRADIENT_CHECKPOINTING = True and `accelerate launch --num_processes 2 distill.py`"),
     ],
 )
@@ -279,7 +281,7 @@ def test_advice_is_true():
     """For many sizes of a device: with the constants that are named the peak is below what is free."""
     models, constants = [checkpoint(c) for c in olmo(32)], {"MICRO_BATCH_SIZE": 4, "GRADIENT_CHECKPOINTING": False}
     needed = sum(preflight.memory_parts(*models, settings_for("cuda", **constants), 1).values())
-    for gigabytes in range(10, needed // 10**9, 10):
+    for gigabytes in range(10, needed // 10**9, 3):
         settings = settings_for("cuda", **constants)
         advice = preflight.what_fits(*models, settings, 1, gigabytes * 10**9)
         if advice is None:
@@ -291,7 +293,7 @@ def test_advice_is_true():
                 world = int(change.split()[3])
             else:
                 name, value = change.split(" = ")
-                setattr(settings, name.lower(), {"True": True}.get(value) or int(value))
+                setattr(settings, name.lower(), ast.literal_eval(value))
         settings.rows_per_step = settings.tokens_per_step // settings.sequence_length
         assert sum(preflight.memory_parts(*models, settings, world).values()) <= gigabytes * 10**9, advice
 
@@ -301,6 +303,8 @@ def test_what_fits_is_said_to_fit():
     assert preflight.verdict(*models, settings, 1, 80, 100) == "fits"
     assert preflight.verdict(*models, settings, 1, 95, 100) == "fits, with less than a tenth to spare"
     assert preflight.verdict(*models, settings, 1, 101, 100) == "does not fit: take a larger device"
+    said = preflight.verdict(*models, settings_for(MICRO_BATCH_SIZE=4), 1, 10**12, 25 * 10**9, continued=True)
+    assert said.endswith("MICRO_BATCH_SIZE = 1, in another OUTPUT_DIR: a run continues with its own constants")
 
 
 def test_speed_is_the_median_after_the_first_step():
