@@ -23,14 +23,12 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 import attention
 import common
@@ -118,52 +116,6 @@ def student_states(student, batch: Batch, settings) -> torch.Tensor:
 def teacher_states(teacher, batch: Batch) -> torch.Tensor:
     """(N, H) states of the counted tokens in the teacher's dtype."""
     return hidden_states(teacher, batch, teacher.dtype).flatten(0, 1)[batch.counted]
-
-
-@contextmanager
-def compared_states(model, on) -> Iterator[list[torch.Tensor]]:
-    """Collects, where `on`, the states (B, T, H) that HIDDEN_LOSS compares from the forward pass in the block: the
-    embedding's output, and that of layer (last - 2). The hooks go with the block: checkpointing runs layers again."""
-    base, states = model.base_model, []
-    with ExitStack() as hooks:
-        for module in [base.embed_tokens, base.layers[-3]] if on else []:
-            hooks.enter_context(module.register_forward_hook(lambda module, x, output: states.append(output)))
-        yield states
-
-
-@dataclass
-class HiddenLoss:
-    """L_hidden of arXiv 2407.14679 §3: the mean over two places and all counted tokens of 1 - cos(student, teacher).
-
-    `kept`: what of the teacher's state x the student's is compared with, channels x[kept] for indices (H',), directions
-    kept @ x for (H', H); None: all of it, by way of a learned projection, as in the paper. `weight`: L_logits/L_hidden
-    of the optimizer step before (0 in the first), not of this micro-batch: one number for a whole step is exact in any
-    split of it, without a pass of its own. States are taken before their norm: its division changes no cosine; its
-    weight (Olmo has none there) is of channels, not directions, and the student could lower the loss by it alone.
-    """
-
-    kept: torch.Tensor | None
-    weight: float = 0.0
-    figures: dict = field(default_factory=dict)  # of the last step, for metrics.jsonl
-
-    def __call__(
-        self, student, states: list, targets: list, batch: Batch, denominator: torch.Tensor | int
-    ) -> torch.Tensor:
-        """A micro-batch's part, from states (B, T, H) of student and teacher."""
-        total = 0
-        for pair in zip(states, targets, strict=True):
-            state, target = (x.flatten(0, 1)[batch.counted.to(x.device)].float().to(student.device) for x in pair)
-            if self.kept is None:
-                state = student.hidden_projection(state)
-            else:
-                target = target[:, self.kept] if self.kept.ndim == 1 else target @ self.kept.T
-            total = total + losses.cosine_distance(state, target).sum()
-        return total / (len(states) * denominator)
-
-    def finish_step(self, loss: float, distance: float, finite: bool) -> None:
-        self.figures = {"hidden_loss": distance, "hidden_weight": self.weight}
-        if finite:
-            self.weight = max(0.0, loss / distance) if distance > 0 else 0.0
 
 
 def next_tokens(batch: Batch) -> torch.Tensor:
@@ -295,9 +247,9 @@ def build_optimizer(student, settings) -> torch.optim.Optimizer:
 def backward(student, teacher, batch: Batch, denominator: torch.Tensor | int, settings) -> torch.Tensor:
     """Add a micro-batch's gradients to the student's; returns its part of the loss, and of L_hidden or 0: (2,)."""
     hidden, has_teacher = settings.hidden, losses.LOSSES[settings.loss].has_teacher
-    with compared_states(student, hidden) as compared:
+    with losses.compared_states(student, hidden) as compared:
         states = student_states(student, batch, settings)
-    with compared_states(teacher, hidden) as compared_targets:
+    with losses.compared_states(teacher, hidden) as compared_targets:
         targets = teacher_states(teacher, batch) if hidden or has_teacher else None
 
     def loss_of(states, weight):
@@ -865,41 +817,10 @@ def quantization_kl(teacher, batch: Batch, targets: torch.Tensor, settings) -> f
     return kl
 
 
-def kept_channels(teacher: common.Checkpoint, student: common.Checkpoint) -> torch.Tensor | None:
-    """What the student kept of the teacher's hidden channels, by prune.py's record: int64 indices (H',), or float32
-    directions (H', H). None without such a record, or for a teacher of another width; one trained since will do."""
-    path = student.folder / "pare.json"
-    record = read_json(path)
-    if not path.is_file() or record.get("script", "prune.py") != "prune.py":
-        return None
-    try:
-        kept, file = record["kept"]["hidden"], record["kept"].get("directions")
-        intact = not file or common.hash_file(student.folder / file) == record["sha256"][file]
-        kept = load_file(student.folder / file)["basis"] if file else torch.tensor(kept, dtype=torch.int64)
-        intact = intact and len(kept) == student.config.hidden_size and kept.ndim == (2 if file else 1)
-        intact = intact and (file or kept.min() >= 0)
-    except (OSError, KeyError, TypeError, AttributeError, RuntimeError, ValueError, SafetensorError):
-        intact = False
-    if not intact:
-        what = f"STUDENT = {student.name!r}: pare.json, or the file of directions that it names, is damaged"
-        raise PareError(f"{what}, and HIDDEN_LOSS = True reads them.\nRun prune.py again.")
-    width = teacher.config.hidden_size
-    return kept if (kept.shape[1] == width if file else kept.max() < width) else None
-
-
-def add_projection(student, width: int, settings) -> None:
-    """Give the student a linear layer to the teacher's `width`: orthogonal, or the identity where widths agree."""
-    projection = torch.nn.Linear(student.config.hidden_size, width, bias=False)
-    torch.nn.init.orthogonal_(projection.weight, generator=torch.Generator().manual_seed(settings.seed))
-    if width == student.config.hidden_size:
-        torch.nn.init.eye_(projection.weight)
-    student.hidden_projection = projection.to(settings.device)
-
-
 def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, settings) -> dict:
     """Distil from the newest checkpoint or from the start, and export; returns the exported model's record."""
     rank, world = common.rank_and_world()
-    kept = kept_channels(teacher_checkpoint, student_checkpoint) if settings.hidden_loss else None
+    kept = losses.kept_channels(teacher_checkpoint, student_checkpoint) if settings.hidden_loss else None
     if settings.hidden_loss and kept is None and world > 1:
         raise PareError(
             f"HIDDEN_LOSS = True: prune.py did not make STUDENT = {settings.student!r}, so it learns a projection: "
@@ -923,9 +844,9 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
             del before  # its memory
     if settings.hidden_loss:
         if kept is None:
-            add_projection(student, teacher.config.hidden_size, settings)
+            losses.add_projection(student, teacher.config.hidden_size, settings)
         weight = read_json(latest / "pare.json")["hidden_weight"] if latest else 0.0
-        settings.hidden = HiddenLoss(kept if kept is None else kept.to(settings.device), weight)
+        settings.hidden = losses.HiddenLoss(kept if kept is None else kept.to(settings.device), weight)
     optimizer = build_optimizer(student, settings)
     first_step, bad_steps = load_checkpoint(latest, student, optimizer) if latest else (0, 0)
     print_plan(rows, first_step, settings)

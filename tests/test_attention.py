@@ -131,7 +131,7 @@ def test_a_step_waits_for_the_device_once(loss, hidden, text, tmp_path, monkeypa
     pair = (tmp_path, tmp_path)
     constants = run_constants(pair, text, tmp_path / "out", LOSS=loss, TOKENS_PER_STEP=128, MICRO_BATCH_SIZE=2)
     settings = distill.derive_settings(common.read_constants(distill) | constants)
-    settings.hidden = distill.HiddenLoss(torch.arange(48)) if hidden else None
+    settings.hidden = losses.HiddenLoss(torch.arange(48)) if hidden else None
     teacher, student = (random_model(CONFIGS["olmo3"](vocab_size=300), seed) for seed in (1, 2))
     teacher.requires_grad_(False)
     student.train()

@@ -84,7 +84,7 @@ def test_a_step_equals_float64_in_any_split(family, way, checkpointing, pair, te
     kept = {"channels": KEPT, "directions": directions, "projection": None}[way]
     settings = settings_for(pair, text, tmp_path)
     if kept is None:
-        distill.add_projection(student, 48, settings)
+        losses.add_projection(student, 48, settings)
         torch.testing.assert_close(student.hidden_projection.weight.T @ student.hidden_projection.weight, torch.eye(32))
     if checkpointing:
         checkpoint_layers(student)
@@ -102,7 +102,7 @@ def test_a_step_equals_float64_in_any_split(family, way, checkpointing, pair, te
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
     for micro_batch_size in (1, 2, 4):
         settings = settings_for(pair, text, tmp_path, TOKENS_PER_STEP=128, MICRO_BATCH_SIZE=micro_batch_size)
-        settings.hidden, optimizer = distill.HiddenLoss(kept, 0.7), Optimizer(student)
+        settings.hidden, optimizer = losses.HiddenLoss(kept, 0.7), Optimizer(student)
         loss, gradient_norm = distill.train_step(
             student, teacher, distill.step_batches(rows, 0, settings), optimizer, 0, settings
         )
@@ -119,7 +119,7 @@ def test_a_step_equals_float64_in_any_split(family, way, checkpointing, pair, te
 
 
 def test_a_bad_step_leaves_the_weight_alone():
-    hidden = distill.HiddenLoss(None, 0.7)
+    hidden = losses.HiddenLoss(None, 0.7)
     hidden.finish_step(float("nan"), 0.5, finite=False)
     assert hidden.weight == 0.7
     hidden.finish_step(0.25, 0.0, finite=True)  # nothing to compare
@@ -144,7 +144,7 @@ def test_off_a_step_has_the_bits_of_the_logits_loss_alone(checkpointing, pair, t
     indices = data.row_indices(0, 4, 4, settings.seed)
     batches = [data.fetch(rows, indices[start : start + 2], settings.device) for start in (0, 2)]
     for batch in batches:
-        distill.losses.logit_loss(
+        losses.logit_loss(
             "forward_kl",
             distill.student_states(student, batch, settings),
             student.lm_head.weight,
@@ -176,15 +176,15 @@ def checkpoint_of(folder) -> common.Checkpoint:
 
 def distances(teacher_folder, student_folder) -> list[float]:
     """Mean distance at the embedding's output and at layer (last - 2), with prune.py's record."""
-    kept = distill.kept_channels(checkpoint_of(teacher_folder), checkpoint_of(student_folder))
+    kept = losses.kept_channels(checkpoint_of(teacher_folder), checkpoint_of(student_folder))
     batch = one_document_rows(some_ids(300, (2, 20)), torch.arange(40).view(2, 20) < 38)
     states = []
     for folder in (student_folder, teacher_folder):
         model = load(folder)
-        with torch.no_grad(), distill.compared_states(model, True) as seen:
+        with torch.no_grad(), losses.compared_states(model, True) as seen:
             distill.hidden_states(model, batch, torch.float32)
         states.append(seen)
-    student, hidden = load(student_folder), distill.HiddenLoss(kept)
+    student, hidden = load(student_folder), losses.HiddenLoss(kept)
     return [hidden(student, [s], [t], batch, 38).item() for s, t in zip(*states, strict=True)]
 
 
@@ -214,7 +214,7 @@ def test_channels_that_are_kept_are_compared_directly(text, tmp_path):
     scores = analyse(teacher, text, tmp_path / "scores.pt")
     student = cut(teacher, scores, tmp_path / "student", HIDDEN_SIZE=30)  # two of the others go as well
     record = json.loads((student / "pare.json").read_text())
-    kept = distill.kept_channels(checkpoint_of(teacher), checkpoint_of(student))
+    kept = losses.kept_channels(checkpoint_of(teacher), checkpoint_of(student))
     assert kept.tolist() == record["kept"]["hidden"]
     assert {i % 3 for i in kept.tolist()} == {0, 2}
     assert distances(teacher, student)[0] < 1e-6
@@ -227,7 +227,7 @@ def test_directions_that_are_kept_are_compared_directly(text, tmp_path):
     more = {"SECOND_MOMENTS": True, "SECOND_MOMENT_SAMPLES": 12}
     scores = analyse(teacher, text, tmp_path / "scores.pt", **more)
     student = cut(teacher, scores, tmp_path / "student", HIDDEN_SIZE=36, REFIT_SAMPLES=0)
-    kept = distill.kept_channels(checkpoint_of(teacher), checkpoint_of(student))
+    kept = losses.kept_channels(checkpoint_of(teacher), checkpoint_of(student))
     assert kept.shape == (36, 48)
     assert max(distances(teacher, student)) < 1e-4
     student = cut(teacher, scores, tmp_path / "student", HIDDEN_SIZE=24, NUM_HIDDEN_LAYERS=4, REFIT_SAMPLES=4)
@@ -245,13 +245,13 @@ def rotated(text, tmp_path_factory):
 
 
 def test_only_prunes_own_record_of_a_teacher_of_this_width_counts(rotated, pair, tmp_path):
-    assert distill.kept_channels(checkpoint_of(rotated[0]), checkpoint_of(rotated[1])).shape == (30, 48)
+    assert losses.kept_channels(checkpoint_of(rotated[0]), checkpoint_of(rotated[1])).shape == (30, 48)
     narrow = save_checkpoint(tmp_path / "narrow", "olmo3", **SMALL)
-    assert distill.kept_channels(checkpoint_of(narrow), checkpoint_of(rotated[1])) is None
-    assert distill.kept_channels(checkpoint_of(pair[0]), checkpoint_of(pair[1])) is None
+    assert losses.kept_channels(checkpoint_of(narrow), checkpoint_of(rotated[1])) is None
+    assert losses.kept_channels(checkpoint_of(pair[0]), checkpoint_of(pair[1])) is None
     student = shutil.copytree(pair[1], tmp_path / "student")
     (student / "pare.json").write_text('{"script": "distill.py"}')
-    assert distill.kept_channels(checkpoint_of(pair[0]), checkpoint_of(student)) is None
+    assert losses.kept_channels(checkpoint_of(pair[0]), checkpoint_of(student)) is None
 
 
 def damage_directions(folder, record):
@@ -363,9 +363,9 @@ def test_the_teachers_width_kept_a_projection_starts_as_the_identity(dtype, pair
     settings = settings_for(pair, text, tmp_path, DTYPE=dtype, LOSS="cross_entropy", GRADIENT_CHECKPOINTING=False)
     student = load(pair[0])
     teacher = load(pair[0]).to(settings.dtype)
-    distill.add_projection(student, 48, settings)
+    losses.add_projection(student, 48, settings)
     assert torch.equal(student.hidden_projection.weight, torch.eye(48))
-    settings.hidden = distill.HiddenLoss(None, 0.5)
+    settings.hidden = losses.HiddenLoss(None, 0.5)
     batches = distill.step_batches(Rows(4), 0, settings)
     distill.train_step(student, teacher, batches, Optimizer(student), 0, settings)
     assert settings.hidden.figures["hidden_loss"] < (1e-6 if dtype == "float32" else 1e-3)

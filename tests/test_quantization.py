@@ -206,7 +206,7 @@ def test_a_micro_batch_too_large_for_the_whole_teacher_is_said(pair, text, tmp_p
 
 
 def test_a_package_that_is_not_there_is_named(pair, text, tmp_path, monkeypatch):
-    missing = ("not_there>=1", lambda: importlib.import_module("not_there"))
+    missing = ("not_there>=1", lambda: importlib.import_module("not_there"), 1)
     monkeypatch.setattr(quantization, "SCHEMES", {"8bit": missing})
     monkeypatch.setattr(common, "load_model", None)
     with pytest.raises(PareError) as error:
