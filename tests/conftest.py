@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -235,3 +237,91 @@ def one_document_rows(ids: torch.Tensor, counted=True) -> data.Batch:
 
 def some_ids(vocab_size: int, shape=(3, 30), seed: int = 5) -> torch.Tensor:
     return torch.randint(2, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs in processes of their own
+
+# Forks children for every line that it reads, prints their process ids, and how they ended. A process that has imported
+# everything and never had a second thread: a fork of pytest's may inherit a lock that no thread will let go.
+SERVER = """
+import json, os, sys, traceback
+sys.path.insert(0, sys.argv[1])
+import accelerate, datasets, torch
+import common, distill, prune
+import transformers.models.llama.modeling_llama, transformers.models.olmo3.modeling_olmo3  # else in every child
+torch.set_num_threads(1)
+
+def run(rank, request):
+    os.environ.update(request["environment"], RANK=str(rank), LOCAL_RANK=str(rank))
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    script = sys.modules[request["script"]]
+    for name, value in request["constants"].items():
+        setattr(script, name, value)
+    exec(request["before"], {"common": common, "os": os})
+    script.main()
+
+for line in sys.stdin:
+    request, children = json.loads(line), []
+    for rank in range(request["processes"]):
+        children.append(os.fork())
+        if children[-1] == 0:
+            code = 1
+            try:
+                run(rank, request)
+                code = 0
+            except common.PareError as error:
+                print(error, file=sys.stderr)
+                code = 3
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+    print(*children, flush=True)
+    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
+"""
+
+
+class Forks:
+    """Runs of one script at a time, quicker than by starting Python: `begin`, then `end`."""
+
+    def __init__(self, server: subprocess.Popen, log: Path):
+        self.server, self.log = server, log
+
+    def begin(self, script: str, constants: dict, processes: int = 1, before: str = "") -> list[int]:
+        """Start script.main() with `constants` after the code `before`; the process ids."""
+        self.log.unlink(missing_ok=True)
+        environment = {}
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+        request = {"script": script, "constants": constants, "processes": processes, "before": before}
+        self.server.stdin.write(json.dumps(request | {"environment": environment, "log": str(self.log)}) + "\n")
+        self.server.stdin.flush()
+        return self.numbers()
+
+    def end(self) -> list[int]:
+        """Exit codes: 0, 3 for a PareError, -9 if killed."""
+        return self.numbers()
+
+    def numbers(self) -> list[int]:
+        return [int(number) for number in self.server.stdout.readline().split()]
+
+    @property
+    def printed(self) -> str:
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    arguments = [sys.executable, "-c", SERVER, str(ROOT)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Forks(process, tmp_path_factory.mktemp("forks") / "log")
+        process.stdin.close()

@@ -7,13 +7,11 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import KEEP_ALL, ROOT, analyse, load, save_checkpoint
+from conftest import KEEP_ALL, analyse, load, save_checkpoint
 
 import common
 
@@ -29,68 +27,34 @@ def teacher(text, tmp_path_factory):
     return folder, analyse(folder, text, root / "scores.pt", SECOND_MOMENTS=True, LAYER_PERPLEXITY=False)
 
 
-# Forks a child for every line of constants that it reads, prints the child's process id and how it ended. A process of
-# its own, that has never had a second thread: a fork of pytest's may inherit a lock that no thread will let go.
-SERVER = """
-import json, os, sys
-sys.path.insert(0, sys.argv[1])
-import common, prune, torch
-import transformers.models.olmo3.modeling_olmo3  # loaded lazily otherwise, in every child
-torch.set_num_threads(1)
-for line in sys.stdin:
-    child = os.fork()
-    if child:
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    code = 1
-    try:
-        for name, value in json.loads(line).items():
-            setattr(prune, name, value)
-        sys.stdout = open(os.devnull, "w")
-        die_after, count, rename = prune.DIE_AFTER_RENAMES, [], common.Path.rename
-        def rename_and_die(path, target):
-            rename(path, target)
-            count.append(target)
-            if len(count) == die_after:
-                os.kill(os.getpid(), 9)
-        common.Path.rename = rename_and_die
-        prune.main()
-        code = 0
-    except common.PareError as error:
-        code = 3
-    finally:
-        os._exit(code)
+DIE_AFTER_RENAMES = """
+count, rename = [], common.Path.rename
+def rename_and_die(path, target):
+    rename(path, target)
+    count.append(target)
+    if len(count) == {}:
+        os.kill(os.getpid(), 9)
+common.Path.rename = rename_and_die
 """
 
 
-@pytest.fixture(scope="module")
-def server():
-    arguments = [sys.executable, "-c", SERVER, str(ROOT)]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield process
-        process.stdin.close()
-
-
 @pytest.fixture
-def start(server, teacher):
+def start(forks, teacher):
     """A function that begins a run of prune.py and returns its process id."""
 
     def begin(output: Path, die_after_renames: int = 0, **sizes) -> int:
         constants = KEEP_ALL | {"MODEL": str(teacher[0]), "SCORES_PATH": str(teacher[1]), "OUTPUT_DIR": str(output)}
-        constants |= {"DEVICE": "cpu", "TARGET_PARAMS": None, "DIE_AFTER_RENAMES": die_after_renames}
+        constants |= {"DEVICE": "cpu", "TARGET_PARAMS": None}
         constants |= {"PIECE_BYTES": 2_000}  # many small pieces: the writing takes most of the time
-        server.stdin.write(json.dumps(constants | SIZES | sizes) + "\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
+        return forks.begin("prune", constants | SIZES | sizes, before=DIE_AFTER_RENAMES.format(die_after_renames))[0]
 
     return begin
 
 
 @pytest.fixture
-def end(server):
+def end(forks):
     """A function that waits for the run under way and returns its exit code, -9 if it was killed."""
-    return lambda: int(server.stdout.readline())
+    return lambda: forks.end()[0]
 
 
 def bytes_below(folder: Path) -> dict:

@@ -9,7 +9,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, configure, load, save_checkpoint
+from conftest import configure, load, save_checkpoint
 from safetensors.torch import load_file
 from test_distill import run_constants
 
@@ -198,71 +197,38 @@ def test_other_threads_train_without_handlers():
 # ---------------------------------------------------------------------------------------------------------------------
 # Kills
 
-# Forks a child for every line of constants that it reads; see test_kill.py.
-SERVER = """
-import json, os, sys, time
-sys.path.insert(0, sys.argv[1])
-import datasets, torch
-import common, distill
-import transformers.models.llama.modeling_llama
-torch.set_num_threads(1)
-for line in sys.stdin:
-    child = os.fork()
-    if child:
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    code = 1
-    try:
-        constants = json.loads(line)
-        die = constants.pop("DIE", None)
-        for name, value in constants.items():
-            setattr(distill, name, value)
-        sys.stdout = open(os.devnull, "w")
-        rename = common.Path.rename
-        def rename_and_die(path, target):
-            if die == ["before", str(target)]:
-                os.kill(os.getpid(), 9)
-            rename(path, target)
-            if die == ["after", str(target)]:
-                os.kill(os.getpid(), 9)
-        common.Path.rename = rename_and_die
-        fsync = os.fsync
-        def slow_fsync(descriptor):  # a slow disk: about half of the time goes into saves
-            time.sleep(0.005)
-            fsync(descriptor)
-        os.fsync = slow_fsync
-        distill.main()
-        code = 0
-    finally:
-        os._exit(code)
+# Dies beside the rename of DIE; and a slow disk, so that about half of the time goes into saves.
+IN_A_CHILD = """
+import time
+when, where = {}
+rename, fsync = common.Path.rename, os.fsync
+def rename_and_die(path, target):
+    if (when, where) == ("before", str(target)):
+        os.kill(os.getpid(), 9)
+    rename(path, target)
+    if (when, where) == ("after", str(target)):
+        os.kill(os.getpid(), 9)
+def slow_fsync(descriptor):
+    time.sleep(0.005)
+    fsync(descriptor)
+common.Path.rename, os.fsync = rename_and_die, slow_fsync
 """
 
 
 @pytest.fixture(scope="module")
-def server():
-    arguments = [sys.executable, "-c", SERVER, str(ROOT)]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield process
-        process.stdin.close()
-
-
-@pytest.fixture(scope="module")
-def begin(server, pair, text):
+def begin(forks, pair, text):
     """A function that begins a run in a child, which saves every step, and returns its process id."""
     frequent = {"TRAIN_TOKENS": KILL_STEPS * 128, "SAVE_EVERY": 1, "EVAL_EVERY": 100}
 
-    def call(output: Path, **more) -> int:
-        server.stdin.write(json.dumps(constants_for(pair, text, output, **frequent) | more) + "\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
+    def call(output: Path, die: tuple = (None, None)) -> int:
+        return forks.begin("distill", constants_for(pair, text, output, **frequent), before=IN_A_CHILD.format(die))[0]
 
     return call
 
 
 @pytest.fixture(scope="module")
-def end(server):
-    return lambda: int(server.stdout.readline())
+def end(forks):
+    return lambda: forks.end()[0]
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +249,7 @@ def test_kills_at_random_moments_cost_no_bit(begin, end, straight, tmp_path):
         while steps_saved(output) <= before or (aimed and not any(output.glob("checkpoints/.step-*.tmp"))):
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.03 if aimed else 0.1))
+        time.sleep(moments.uniform(0, 0.01 if aimed else 0.1))
         os.kill(child, signal.SIGKILL)
         assert end() == -signal.SIGKILL
         in_a_save += any(output.glob("checkpoints/.step-*.tmp"))
@@ -301,7 +267,7 @@ def test_a_kill_beside_the_rename_of_a_save_costs_no_bit(when, begin, end, strai
     """The moments that no clock hits."""
     output = tmp_path / "out"
     target = output / "checkpoints" / "step-00000005"
-    begin(output, DIE=[when, str(target)])
+    begin(output, (when, str(target)))
     assert end() == -signal.SIGKILL
     assert target.exists() == (when == "after")
     assert any(output.glob("checkpoints/.step-*.tmp")) == (when == "before")

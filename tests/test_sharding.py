@@ -35,13 +35,15 @@ def pairs(tmp_path_factory):
     }
 
 
-def launch(constants: dict, timeout: int = 300) -> subprocess.CompletedProcess:
-    """What `accelerate launch` does with two GPUs; on CPUs it starts a single process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "distill.py"), *(f"{name}={value}" for name, value in constants.items())]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+@pytest.fixture(scope="module")
+def launch(forks):
+    """A function that runs distill.py in two processes; exit codes, and what they printed."""
+
+    def call(constants: dict) -> tuple[list[int], str]:
+        forks.begin("distill", constants, processes=2)
+        return forks.end(), forks.printed
+
+    return call
 
 
 def alone(constants: dict):
@@ -69,7 +71,7 @@ def assert_same_run(two, one, **tolerance) -> None:
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
-def runs(request, pairs, text, tmp_path_factory):
+def runs(request, pairs, text, tmp_path_factory, launch):
     """The constants of a run by one process and by two: five micro-batches of evaluation, so that one has one more."""
     root, kind = tmp_path_factory.mktemp(request.param), request.param
     options = {"TRAIN_TOKENS": 6 * 128, "EVAL_EVERY": 3, "SAVE_EVERY": 3, "EVAL_TOKENS": 32 * 2 * 5}
@@ -82,9 +84,9 @@ def runs(request, pairs, text, tmp_path_factory):
 
 def test_two_processes_give_the_run_of_one(runs):
     """Sharded student and teacher."""
-    one, two, result = runs
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert result.stdout.count("Wrote ") == 1
+    one, two, (codes, printed) = runs
+    assert codes == [0, 0], printed[-3000:]
+    assert printed.count("Wrote ") == 1
     folders = [Path(constants["OUTPUT_DIR"]) for constants in (two, one)]
     assert_same_run(*folders, rel=2e-5)
     exported = [load_file(folder / "model" / "model.safetensors") for folder in folders]
@@ -94,7 +96,7 @@ def test_two_processes_give_the_run_of_one(runs):
 
 
 @pytest.mark.parametrize("first", ["one", "two"])
-def test_a_run_goes_on_with_another_number_of_processes(first, runs, tmp_path):
+def test_a_run_goes_on_with_another_number_of_processes(first, runs, launch, tmp_path):
     """From step 3."""
     one, two, _ = runs
     constants = one if first == "one" else two
@@ -102,7 +104,7 @@ def test_a_run_goes_on_with_another_number_of_processes(first, runs, tmp_path):
     shutil.rmtree(output / "model")
     shutil.rmtree(output / "checkpoints" / "step-00000006")
     result = (alone if first == "two" else launch)(constants | {"OUTPUT_DIR": str(output)})
-    assert result is None or "continuing after step 3" in result.stdout
+    assert result is None or "continuing after step 3" in result[1]
     assert_same_run(output, Path(one["OUTPUT_DIR"]), rel=2e-5)
 
 
@@ -114,7 +116,7 @@ def test_a_step_must_divide_among_the_processes():
         distill.derive_settings(constants, 2)
 
 
-def test_hidden_states_are_compared_in_several_processes(pairs, text, tmp_path):
+def test_hidden_states_are_compared_in_several_processes(pairs, text, launch, tmp_path):
     """The student's record says what it kept; without one, a projection would be learned, in one process only."""
     teacher, _ = pairs["untied"]
     constants = {"TRAIN_TOKENS": 3 * 128, "HIDDEN_LOSS": True, "EVAL_TOKENS": 64}
@@ -124,10 +126,23 @@ def test_hidden_states_are_compared_in_several_processes(pairs, text, tmp_path):
     (student / "pare.json").write_text(json.dumps(record))
     one, two = (run_constants((teacher, student), text, tmp_path / name, **constants) for name in ("one", "two"))
     alone(one)
-    result = launch(two)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    codes, printed = launch(two)
+    assert codes == [0, 0], printed[-3000:]
     assert_same_run(tmp_path / "two", tmp_path / "one", rel=2e-5)
     assert lines_of(tmp_path / "two")[-1]["hidden_loss"] > 0
     (student / "pare.json").unlink()
-    result = launch(two | {"OUTPUT_DIR": str(tmp_path / "three")})
-    assert "HIDDEN_LOSS = True: prune.py did not make" in result.stderr
+    codes, printed = launch(two | {"OUTPUT_DIR": str(tmp_path / "three")})
+    assert codes == [3, 3]
+    assert "HIDDEN_LOSS = True: prune.py did not make" in printed
+
+
+def test_launched_from_the_command_line(pairs, text, tmp_path):
+    """As `accelerate launch` does it with two GPUs; on CPUs it starts a single process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    constants = run_constants(pairs["tied"], text, tmp_path / "out", TRAIN_TOKENS=128, EVAL_TOKENS=64)
+    command += [str(ROOT / "distill.py"), *(f"{name}={value}" for name, value in constants.items())]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert result.stdout.count("Wrote ") == 1
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
