@@ -106,6 +106,29 @@ def test_masks_are_made_once_and_only_where_they_are_needed(monkeypatch):
     assert len({id(mask) for mask in masks}) == 2
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_mask_is_one_that_a_layer_asks_for(family, monkeypatch):
+    asked = set()
+
+    class Masks(dict):
+        def __getitem__(self, window):
+            asked.add(window)
+            return super().__getitem__(window)
+
+    model, make = random_model(CONFIGS[family](vocab_size=300)), attention.arguments
+
+    def arguments(*args):
+        made = make(*args)
+        return made | {"masks": Masks(made["masks"])}
+
+    monkeypatch.setattr(attention, "arguments", arguments)
+    model.set_attn_implementation(attention.MASKED)
+    for length in (30, 10):
+        asked.clear()
+        distill.hidden_states(model, one_document_rows(some_ids(300, (2, length))), torch.float32)
+        assert asked == attention.windows(model.config, length)
+
+
 class Waiting(TorchDispatchMode):
     """Counts what would make the host wait for a GPU: numbers read from tensors, sizes that depend on data."""
 
@@ -152,9 +175,10 @@ def test_a_step_waits_for_the_device_once(loss, hidden, text, tmp_path, monkeypa
 
 
 def test_documents_are_found_where_positions_do_not_go_on():
-    documents = attention.find_documents(torch.tensor([[0, 1, 2, 0, 1], [5, 6, 7, 8, 9], [0, 0, 0, 1, 2]]), CPU)
-    assert documents.bounds.tolist() == [0, 3, 5, 10, 11, 12, 15]
-    assert (documents.longest, documents.shape) == (5, (3, 5))
+    positions = [[0, 1, 2, 0, 1], [5, 6, 7, 8, 9], [0, 0, 0, 1, 2], [0, 1, 5, 6, 7]]
+    documents = attention.find_documents(torch.tensor(positions), CPU)
+    assert documents.bounds.tolist() == [0, 3, 5, 10, 11, 12, 15, 17, 20]
+    assert (documents.longest, documents.shape) == (5, (4, 5))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -642,10 +642,11 @@ def test_memory_that_runs_out_later_says_what_a_continued_run_can_do(unfinished,
 
 
 def test_the_largest_micro_batch_runs_first_and_leaves_nothing(undisturbed, run, tmp_path, monkeypatch):
-    """All its tokens counted, gradients of a micro-batch before it there; without it the bits are the same."""
-    seen, backward = [], distill.backward
+    """All its tokens counted, masks needed, gradients of a micro-batch there; without it the bits are the same."""
+    seen, masks, backward = [], [], distill.backward
 
     def look(student, teacher, batch, denominator, settings):
+        masks.append(batch.documents.mask(None, torch.float32))
         seen.append((len(batch.counted), [parameter.grad is not None for parameter in student.parameters()]))
         return backward(student, teacher, batch, denominator, settings)
 
@@ -654,12 +655,13 @@ def test_the_largest_micro_batch_runs_first_and_leaves_nothing(undisturbed, run,
         patch.setattr(distill, "rehearse", lambda *args: None)
         run()
     assert bits(tmp_path / "out") == bits(undisturbed)
-    without, seen = seen, []
+    without, seen, masks = seen, [], []
     shutil.rmtree(tmp_path / "out")
     monkeypatch.setattr(distill, "backward", look)
     run(TRAIN_TOKENS=128)
     assert without[0][0] < 2 * 31
     assert seen[0][0] == 2 * 31
+    assert masks[0].shape == (2, 1, 32, 32)
     assert all(seen[0][1])
     assert not any(seen[1][1])
 
@@ -730,8 +732,10 @@ def test_changed_constants_that_make_no_difference_make_none(undisturbed, unfini
     assert names_in(unfinished / "checkpoints") == ["step-00000006", "step-00000007", LAST]
 
 
-@pytest.mark.parametrize(("key", "value"), [("device", "cuda"), ("dtype", "bfloat16")])
-def test_another_device_or_dtype_is_refused(key, value, undisturbed):
+@pytest.mark.parametrize(
+    ("key", "value"), [("device", "cuda"), ("dtype", "bfloat16"), ("attention", "documents_varlen")]
+)
+def test_another_device_dtype_or_attention_is_refused(key, value, undisturbed):
     saved = saved_record(undisturbed)
     with pytest.raises(PareError, match=f"other {key} {value}"):
         distill.check_same_run(saved, saved | {key: value})
