@@ -23,6 +23,8 @@ import distill  # noqa: E402
 import importance_analysis  # noqa: E402
 import prune  # noqa: E402
 
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
