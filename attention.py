@@ -15,7 +15,7 @@ import transformers
 from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from common import PareError, first_line
+from common import Checkpoint, PareError, first_line
 
 VARLEN, MASKED = "documents_varlen", "documents_masked"
 CHOICES = ("auto", "flash", "sdpa")
@@ -102,7 +102,7 @@ def arguments(documents: Documents, config, dtype: torch.dtype) -> dict:
     return places | {"masks": {window: documents.mask(window, dtype) for window in windows(config, documents.longest)}}
 
 
-def choose(wanted: str, configs: list, device: torch.device, dtype: torch.dtype) -> str:
+def choose(wanted: str, models: list[Checkpoint], device: torch.device, dtype: torch.dtype) -> str:
     """The implementation that ATTENTION = `wanted` names; "auto" is the fast one where it passes a trial.
 
     Raises PareError where "flash" cannot be had.
@@ -111,7 +111,7 @@ def choose(wanted: str, configs: list, device: torch.device, dtype: torch.dtype)
         return MASKED
     problem = f"it needs a GPU of NVIDIA's and bfloat16, not {device.type} and {str(dtype)[6:]}"
     if device.type == "cuda" and dtype == torch.bfloat16:
-        problem = next(filter(None, (trial(config, device, dtype) for config in configs)), None)
+        problem = next(filter(None, (trial(model, device, dtype) for model in models)), None)
         if problem and wanted == "auto":
             print(f"attention by masks, as flash attention failed its trial here: {problem}")
     if problem and wanted == "flash":
@@ -119,10 +119,9 @@ def choose(wanted: str, configs: list, device: torch.device, dtype: torch.dtype)
     return MASKED if problem else VARLEN
 
 
-def trial(config, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with attend_varlen for heads as in `config`, outputs and gradients, on a small row; or None."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+def trial(model: Checkpoint, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with attend_varlen for a model's heads, outputs and gradients, on a small row; or None."""
+    heads, kv_heads, head_dim = model.config.num_attention_heads, model.config.num_key_value_heads, model.head_dim
     module = SimpleNamespace(is_causal=True, num_key_value_groups=heads // kv_heads)
     generator = torch.Generator().manual_seed(0)
     positions = torch.cat([torch.arange(n) for n in (150, 50, 1, 55, 256)]).view(2, 256)

@@ -697,9 +697,9 @@ def choose_attention(teacher: common.Checkpoint, student: common.Checkpoint, set
     """Set the implementation that all processes use: a trial on the GPU of rank 0."""
     # It would be preferred, but its gradients are not deterministic, and it makes a plan for every batch's shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    configs, rank = [teacher.config, student.config], common.rank_and_world()[0]
+    models, rank = [teacher, student], common.rank_and_world()[0]
     with enough_memory(settings, continued=False):
-        chosen = attention.choose(settings.attention, configs, settings.device, settings.dtype) if rank == 0 else None
+        chosen = attention.choose(settings.attention, models, settings.device, settings.dtype) if rank == 0 else None
     settings.implementation = common.from_rank_0(chosen)
 
 

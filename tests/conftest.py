@@ -147,6 +147,15 @@ def save_checkpoint(folder: Path, family: str, seed: int = 0, edit=None, **more)
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """The models are too small for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")

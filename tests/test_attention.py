@@ -160,7 +160,13 @@ def test_a_step_waits_for_the_device_once(loss, hidden, text, tmp_path, monkeypa
     student.train()
     batches = distill.step_batches(Rows(4), 0, settings)
     optimizer = distill.build_optimizer(student, settings)
-    waited, transfers, ordinary = {}, [], torch.Tensor.tolist
+    waited, transfers, ordinary, make = {}, [], torch.Tensor.tolist, torch.tensor
+
+    def tensor(*args, device=None, **more):  # from the host's own memory to a GPU: that waits
+        assert device is None
+        return make(*args, **more)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: transfers.append(tensor) or ordinary(tensor))
     for implementation in (attention.MASKED, "sdpa"):
         for model in (teacher, student):
@@ -186,7 +192,7 @@ def test_documents_are_found_where_positions_do_not_go_on():
 
 
 def heads(number: int = 4, kv: int = 2):
-    return SimpleNamespace(num_attention_heads=number, num_key_value_heads=kv, head_dim=16, hidden_size=64)
+    return SimpleNamespace(config=SimpleNamespace(num_attention_heads=number, num_key_value_heads=kv), head_dim=16)
 
 
 def test_the_trial_passes_what_is_right(varlen):
@@ -216,7 +222,7 @@ def test_the_trial_fails_what_is_wrong(wrong, monkeypatch, capsys):
     monkeypatch.setattr(attention, "varlen_attn", wrong)
     problem = attention.trial(heads(), CPU, torch.float32)
     assert problem
-    monkeypatch.setattr(attention, "trial", lambda config, device, dtype: problem)
+    monkeypatch.setattr(attention, "trial", lambda model, device, dtype: problem)
     gpu = torch.device("cuda")
     assert attention.choose("auto", [heads()], gpu, torch.bfloat16) == attention.MASKED
     assert problem in capsys.readouterr().out
@@ -226,7 +232,7 @@ def test_the_trial_fails_what_is_wrong(wrong, monkeypatch, capsys):
 
 
 def test_flash_is_chosen_where_it_works(monkeypatch):
-    monkeypatch.setattr(attention, "trial", lambda config, device, dtype: None)
+    monkeypatch.setattr(attention, "trial", lambda model, device, dtype: None)
     gpu = torch.device("cuda")
     assert attention.choose("auto", [heads()], gpu, torch.bfloat16) == attention.VARLEN
     assert attention.choose("flash", [heads()], gpu, torch.bfloat16) == attention.VARLEN
@@ -245,8 +251,7 @@ def test_cudnn_is_never_used(text, tmp_path):
     """Its gradients would not be the same bits in every run."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     settings = distill.derive_settings(common.read_constants(distill) | run_constants((tmp_path,) * 2, text, tmp_path))
-    model = SimpleNamespace(config=heads())
-    distill.choose_attention(model, model, settings)
+    distill.choose_attention(heads(), heads(), settings)
     assert settings.implementation == attention.MASKED
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 

@@ -30,14 +30,7 @@ from common import PareError
 NUM_STEPS, LAST = 8, "step-00000008"
 KILLS, KILL_STEPS = 10, 30
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
