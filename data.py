@@ -74,10 +74,24 @@ def read_sources(value: str | list, constant: str) -> list[TextSource]:
         raise PareError(f"{constant} = {value!r} names no source. Give a file, a folder, a Hub id, or a list of those.")
     sources = [read_source(entry, constant) for entry in (value if isinstance(value, list) else [value])]
     for i, source in enumerate(sources):
-        same = [s for s in sources[:i] if (s.name, s.config, s.split) == (source.name, source.config, source.split)]
-        if any(None in (source.column, other.column) or source.column == other.column for other in same):
+        if any(is_same_text(source, other) for other in sources[:i]):
             raise PareError(f"{source.what} is there twice. List it once, with a greater weight.")
     return sources
+
+
+def is_same_text(a: TextSource, b: TextSource) -> bool:
+    same_rows = (a.name, a.config, a.split) == (b.name, b.config, b.split)
+    return same_rows and (a.column == b.column or None in (a.column, b.column))
+
+
+def check_held_out(sources: list[TextSource], held_out: list[TextSource]) -> None:
+    """Refuse to call text held out that is trained on."""
+    for source in held_out:
+        if any(is_same_text(source, other) for other in sources):
+            raise PareError(
+                f"{source.what} is in DATASETS too, so it would not be held out. Name other text, or set "
+                "EVAL_DATASETS = None: that holds out the first documents of DATASETS."
+            )
 
 
 def read_source(entry: str | dict, constant: str) -> TextSource:

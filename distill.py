@@ -124,8 +124,9 @@ def next_tokens(batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(student, teacher, rows, settings) -> dict:
-    """What student and teacher say of held-out rows; means over counted tokens, in nats.
+def evaluate(student, teacher, rows, settings, signals: list) -> dict | None:
+    """What student and teacher say of held-out rows; means over counted tokens, in nats. None where a process received
+    one of the `signals` meanwhile.
 
     KL of student to teacher, also by the token's place in its document; both losses and the student's perplexity; the
     teacher's entropy, which is what remains of its loss where it knows the text's source exactly; the share of tokens
@@ -138,6 +139,9 @@ def evaluate(student, teacher, rows, settings) -> dict:
     rank, world = common.rank_and_world()
     size = settings.micro_batch_size
     for first_of_all in range(0, len(rows), world * size):  # all processes make equally many passes
+        if any_process(signals):
+            student.train()
+            return None
         start = first_of_all + rank * size
         batch = fetch(rows, range(start, min(start + size, len(rows))) or range(1), settings.device)
         if start >= len(rows):
@@ -379,24 +383,31 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
     `log(step, metrics)` records, `save(step, bad_steps)` writes a checkpoint.
     """
     student.train()
-    with enough_memory(settings, first_step > 0):
-        rehearse(student, teacher, rows, optimizer, settings)
-        if first_step == 0:
-            log(0, evaluate(student, teacher, held_out, settings))
     progress = common.Progress(settings.num_steps, "steps", "distilling", done=first_step)
-    saved, stopped = True, False  # at the last try; by a signal
+    on_disk, saved = first_step, True  # the newest checkpoint's step; whether the last save succeeded
     seconds = []
     with stop_signals() as signals, enough_memory(settings, first_step > 0), ThreadPoolExecutor(1) as thread:
+        rehearse(student, teacher, rows, optimizer, settings)
         ahead = thread.submit(step_batches, rows, first_step, settings)
-        for step in range(first_step, settings.num_steps):
+        for step in range(first_step, settings.num_steps + 1):
+            last = step == settings.num_steps
+            # A step's checkpoint is older than its evaluation, which a run that continues from there makes again.
+            if last or step % settings.eval_every == 0:
+                figures = evaluate(student, teacher, held_out, settings, signals)
+                if figures:
+                    log(step, figures)
+            stopped = any_process(signals)
+            if stopped and on_disk < step:
+                try_to_save(save, step, bad_steps, must=True)
+            if stopped or last:
+                break
             start = time.monotonic()
-            batches = ahead.result()
-            if step + 1 < settings.num_steps:
-                ahead = thread.submit(step_batches, rows, step + 1, settings)
+            batches, done = ahead.result(), step + 1
+            if done < settings.num_steps:
+                ahead = thread.submit(step_batches, rows, done, settings)
             loss, gradient_norm = train_step(student, teacher, batches, optimizer, step, settings)
             seconds.append(time.monotonic() - start)
             tokens_per_second = settings.tokens_per_step / seconds[-1]
-            done, last = step + 1, step + 1 == settings.num_steps
             metrics = {
                 "loss": loss,
                 "gradient_norm": gradient_norm,
@@ -412,19 +423,14 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
             text = f"loss {loss:.4f}, lr {metrics['learning_rate']:.1e}, {tokens_per_second:,.0f} tokens/s"
             if settings.device.type == "cuda":
                 text += f", {torch.cuda.max_memory_allocated(settings.device) / 1e9:.1f} GB"
-            if done % settings.eval_every == 0 or last:
-                metrics |= evaluate(student, teacher, held_out, settings)
             log(done, metrics)
             check_bad_steps(bad_steps, done, settings)
             progress.update(1, text)
             if len(seconds) == 3:
                 progress.note(preflight.speed(seconds, settings.num_steps - done, settings))
-            must = last or any_process(signals)
-            if must or done % settings.save_every == 0:
-                saved = try_to_save(save, done, bad_steps, must or not saved)
-                if saved and any_process(signals):  # also one that came while it was saving
-                    stopped = True
-                    break
+            if done % settings.save_every == 0 or done == settings.num_steps:
+                saved = try_to_save(save, done, bad_steps, must=done == settings.num_steps or not saved)
+                on_disk = done if saved else on_disk
     progress.close()
     return not stopped
 
@@ -642,6 +648,7 @@ def derive_settings(constants: dict, world: int = 1) -> SimpleNamespace:
     settings.datasets = data.read_sources(settings.datasets, "DATASETS")
     if settings.eval_datasets is not None:
         settings.eval_datasets = data.read_sources(settings.eval_datasets, "EVAL_DATASETS")
+        data.check_held_out(settings.datasets, settings.eval_datasets)
     micro_batch_tokens = settings.micro_batch_size * settings.sequence_length * world
     if settings.tokens_per_step % micro_batch_tokens:
         nearest = max(1, round(settings.tokens_per_step / micro_batch_tokens)) * micro_batch_tokens

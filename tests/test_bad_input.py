@@ -531,14 +531,14 @@ SOURCES = [  # (the source, what the message holds)
 
 @pytest.mark.parametrize("constant", ["DATASETS", "EVAL_DATASETS"])
 @pytest.mark.parametrize("number", range(len(SOURCES)))
-def test_sources_that_are_missing_or_wrong(number, constant, refused, text, tmp_path, monkeypatch):
+def test_sources_that_are_missing_or_wrong(number, constant, refused, tmp_path, monkeypatch):
     """Alone and as the second of two, in what is trained on and in what is held out."""
     monkeypatch.chdir(tmp_path)
     for name, content in FILES.items():
         (tmp_path / name).write_text(content, encoding="latin-1" if name == "latin.jsonl" else "utf-8")
     source, parts = SOURCES[number]
     contains(refused(distill, **{constant: [source]}), f"{constant}: ", *parts)
-    contains(refused(distill, **{constant: [text, source]}), f"{constant}: ", *parts)
+    contains(refused(distill, **{constant: [str(tmp_path / "good.jsonl"), source]}), f"{constant}: ", *parts)
 
 
 def test_lists_of_sources_that_are_none(refused, text):
@@ -550,6 +550,12 @@ def test_lists_of_sources_that_are_none(refused, text):
     contains(refused(distill, DATASETS=[text, {"name": text, "weight": 2}]), "DATASETS: ", "twice", "weight")
     contains(refused(distill, DATASETS=[text, {"name": text, "column": "text"}]), "DATASETS: ", "twice", "weight")
     contains(refused(distill, DATASETS="a\0b"), "DATASETS = ", "no path")
+
+
+def test_text_that_is_held_out_and_trained_on(refused, text):
+    for source in (text, {"name": text, "column": "text", "weight": 2}):
+        message = refused(distill, EVAL_DATASETS=["other.jsonl", source])
+        contains(message, "EVAL_DATASETS: ", text, "in DATASETS too", "EVAL_DATASETS = None")
 
 
 def test_a_disk_too_small_for_the_packed_text(refused, monkeypatch):

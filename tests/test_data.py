@@ -426,5 +426,5 @@ def test_a_run_on_text_and_chats(teacher, sources, tmp_path):
     common.override_constants(distill, [f"DATASETS={more}"])
     folder = distill.main()
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     assert f"`{sources['papers']}`, `{sources['chats']}`" in " ".join((folder / "README.md").read_text().split())

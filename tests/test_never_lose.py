@@ -41,7 +41,7 @@ def pair(tmp_path_factory):
 
 
 def constants_for(pair, text, output, **more) -> dict:
-    often = {"GRADIENT_CHECKPOINTING": False, "EVAL_EVERY": 3, "EVAL_TOKENS": 64, "SAVE_EVERY": 2}
+    often = {"GRADIENT_CHECKPOINTING": False, "EVAL_EVERY": 3, "EVAL_TOKENS": 128, "SAVE_EVERY": 2}
     return run_constants(pair, text, output, TRAIN_TOKENS=NUM_STEPS * 128, **often) | more
 
 
@@ -87,6 +87,10 @@ def lines_of(output) -> list[dict]:
 
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line, parse_constant=no_constant) for line in lines]
+
+
+def steps_of(output) -> list[dict]:
+    return [line for line in lines_of(output) if "loss" in line]
 
 
 def bits(output: Path) -> tuple:
@@ -163,6 +167,29 @@ def test_a_signal_during_a_save_lets_it_complete(undisturbed, run, tmp_path, mon
     assert checkpoints.verifies(tmp_path / "out" / "checkpoints" / "step-00000002")
     run()
     assert bits(tmp_path / "out") == bits(undisturbed)
+
+
+@pytest.mark.parametrize(("step", "saved"), [(0, []), (3, [2, 3]), (6, [4, 6]), (NUM_STEPS, [6, NUM_STEPS])])
+def test_a_signal_during_an_evaluation_cuts_it_off(step, saved, undisturbed, run, tmp_path, monkeypatch):
+    """After its first micro-batch; the step is saved unless it was, and what continues makes the evaluation again."""
+    output, calls = tmp_path / "out", []
+
+    def figures_and_signal(*args):
+        if len(steps_of(output)) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            calls.append(step)
+        return figures(*args)
+
+    figures = distill.figures_of
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "figures_of", figures_and_signal)
+        with pytest.raises(SystemExit):
+            run()
+    assert calls == [step]
+    assert lines_of(output)[-1:] == steps_of(output)[-1:]
+    assert sorted(path.name for path in output.glob("checkpoints/*")) == [f"step-{n:08d}" for n in saved]
+    run()
+    assert bits(output) == bits(undisturbed)
 
 
 def test_a_second_ctrl_c_quits_at_once(run, at_step, tmp_path):
@@ -545,7 +572,7 @@ def test_bad_steps_are_skipped_and_counted(alone, run, poison, tmp_path):
     unchanged = poison([2, 3, 5], alone)
     run()
     assert unchanged == {2: True, 3: True, 5: True}
-    lines = lines_of(tmp_path / "out")[1:]
+    lines = steps_of(tmp_path / "out")
     assert [line.get("bad_steps") for line in lines] == [None, None, 1, 2, None, 1, None, None]
     assert [line["loss"] is None for line in lines] == [not alone and "bad_steps" in line for line in lines]
     assert [line["gradient_norm"] is None for line in lines] == ["bad_steps" in line for line in lines]
@@ -565,7 +592,7 @@ def test_too_many_bad_steps_in_a_row_stop_also_over_a_resumption(run, poison, at
         with pytest.raises(PareError) as error:
             run()
         contains(error.value, "MAX_BAD_STEPS = 3", "LEARNING_RATE = 0.003", "TEMPERATURE than 1.0", "step-00000005")
-        assert [line.get("bad_steps") for line in lines_of(tmp_path / "out")[4:]] == [1, 2, 3]
+        assert [line.get("bad_steps") for line in steps_of(tmp_path / "out")[3:]] == [1, 2, 3]
     run(MAX_BAD_STEPS=4)
 
 
