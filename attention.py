@@ -86,8 +86,12 @@ def attend_masked(
 ) -> tuple:
     """As attend_varlen."""
     mask = masks[narrow(sliding_window, longest)]
-    tokens = (x.to(value.dtype) for x in (query, key, value))
-    return sdpa_attention_forward(module, *tokens, mask, scaling=scaling)
+    groups, dtype = query.shape[1] // key.shape[1], value.dtype
+    if mask is None and groups > 1 and value.is_cuda and dtype == torch.float32:
+        # No kernel but the one that makes all scores at once shares keys between heads in float32.
+        module = SimpleNamespace(is_causal=True, num_key_value_groups=1)
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return sdpa_attention_forward(module, *(x.to(dtype) for x in (query, key, value)), mask, scaling=scaling)
 
 
 transformers.AttentionInterface.register(VARLEN, attend_varlen)

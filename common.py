@@ -24,6 +24,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -222,13 +223,18 @@ def rank_and_world() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if ready else (0, 1)
 
 
+PATIENCE = timedelta(days=1)  # of the others while the process of rank 0 packs text or saves; NCCL's own is 10 minutes
+
+
 @contextmanager
 def processes(device: str) -> Iterator[tuple[int, int]]:
     """Join the processes of `accelerate launch`, if it started this one; only the process of rank 0 prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield 0, 1
         return
-    state = accelerate.PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    if ":" in device:
+        raise PareError(f"DEVICE = {device!r} would be that of all processes; set DEVICE = 'cuda': each has its own.")
+    state = accelerate.PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if state.is_main_process else nowhere):
         yield rank_and_world()
         torch.distributed.barrier()
@@ -705,17 +711,28 @@ def hash_config(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(checkpoint.raw, sort_keys=True).encode()).hexdigest()
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, constant: str, quantization=None):
+def fits_whole(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, constant: str) -> bool:
+    """True where a model's weights leave a fifth of what a GPU has free; and for any other device."""
+    num_bytes = dtype.itemsize * sum(math.prod(info.shape) for info in tensor_infos(checkpoint, constant).values())
+    return device.type != "cuda" or num_bytes <= 0.8 * available_bytes(device)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    constant: str,
+    quantization=None,
+    spread: bool = False,
+):
     """Load a causal language model strictly, in eval mode; `quantization` is a config of transformers.
 
-    Safetensors only, no remote code, no missing, unexpected or mismatched key, finite weights; else PareError. A model
-    that is too large for its GPU is spread over all of them, and over the CPU's memory.
+    Safetensors only, no remote code, no missing, unexpected or mismatched key, finite weights; else PareError. To
+    `spread` it is to have its modules on all GPUs and in the CPU's memory, for forward passes of the whole model.
     """
     what = f"{constant} = {checkpoint.name!r}"
-    infos = tensor_infos(checkpoint, constant)  # the clear messages come from here
+    tensor_infos(checkpoint, constant)  # the clear messages come from here
     check_hashes(checkpoint, constant)
-    num_bytes = dtype.itemsize * sum(math.prod(info.shape) for info in infos.values())
-    spread = device.type == "cuda" and rank_and_world()[1] == 1 and num_bytes > 0.8 * torch.cuda.mem_get_info(device)[0]
     transformers.utils.logging.disable_progress_bar()
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # its report of wrong keys; ours is the error below

@@ -88,6 +88,8 @@ DEVICE: str = "auto"  # auto | cuda | mps | cpu
 DTYPE: str = "auto"  # auto | bfloat16 | float32: of the teacher and of the student's compute; auto is bfloat16 on a GPU
 
 MAY_CHANGE_ON_RESUME = {"OUTPUT_DIR", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "MAX_BAD_STEPS", "REPORT_TO"}
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds from a signal to the launcher's kill; 30 are too few to save in
+LAUNCH = f"{SHUTDOWN}=1800 uv run accelerate launch"
 LARGEST_SEED = 2**32 - 1  # times a million and the epoch, it still fits into 64 bits
 
 
@@ -763,13 +765,15 @@ def deterministic(on: bool, device: torch.device) -> Iterator[None]:
         yield
         return
     name, before = "CUBLAS_WORKSPACE_CONFIG", torch.are_deterministic_algorithms_enabled()
-    was_set = name in os.environ
+    was_set, fills = name in os.environ, torch.utils.deterministic.fill_uninitialized_memory
     os.environ.setdefault(name, ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it; filling it costs time
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
         if not was_set:
             del os.environ[name]
 
@@ -784,33 +788,44 @@ def switch_off_dropout(model) -> None:
 
 def load_pair(teacher_checkpoint, student_checkpoint, settings) -> tuple:
     """Teacher in the compute dtype, student in float32, on the device."""
-    teacher = common.load_model(teacher_checkpoint, settings.dtype, settings.device, "TEACHER", settings.quantization)
-    student = common.load_model(student_checkpoint, torch.float32, settings.device, "STUDENT")
-    switch_off_dropout(student)
-    teacher.requires_grad_(False)
     if settings.compile:
         torch._dynamo.config.recompile_limit = 64  # one function's: both models, sliding and not, training and not
-    for model in (teacher, student):
-        model.set_attn_implementation(settings.implementation)
-        for layer in model.base_model.layers if settings.compile else []:
-            layer.compile()
+    teacher = load(teacher_checkpoint, settings.dtype, "TEACHER", settings, settings.quantization)
+    teacher.requires_grad_(False)
+    teacher = sharding.shard(teacher, settings.dtype, settings.device)  # before the other takes its room
+    student = load(student_checkpoint, torch.float32, "STUDENT", settings)
+    switch_off_dropout(student)
     if settings.gradient_checkpointing:
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)  # renamed
         enable({"use_reentrant": False})
-    return sharding.shard(teacher, settings.dtype), sharding.shard(student, settings.dtype)
+    return teacher, sharding.shard(student, settings.dtype, settings.device)
+
+
+def load(checkpoint: common.Checkpoint, dtype: torch.dtype, constant: str, settings, scheme=None):
+    """A model that computes as the constants say; where one to be sharded does not fit on a GPU whole, on the CPU."""
+    whole = common.rank_and_world()[1] == 1 or common.fits_whole(checkpoint, dtype, settings.device, constant)
+    device = settings.device if whole else torch.device("cpu")
+    model = common.load_model(checkpoint, dtype, device, constant, scheme)
+    model.set_attn_implementation(settings.implementation)
+    for layer in model.base_model.layers if settings.compile else []:
+        layer.compile()
+    return model
 
 
 def unquantized_states(checkpoint: common.Checkpoint, held_out, settings) -> tuple[Batch, torch.Tensor]:
-    """The first held-out micro-batch, and the teacher's states (N, H) of it before it is loaded again and quantised."""
-    teacher = common.load_model(checkpoint, settings.dtype, settings.device, "TEACHER")
-    teacher.set_attn_implementation(settings.implementation)
-    batch = fetch(held_out, range(min(settings.micro_batch_size, len(held_out))), settings.device)
-    states = teacher_states(teacher, batch)
+    """The first held-out micro-batch, and the teacher's states (N, H) of it before it is loaded again and quantised;
+    computed on the CPU where the GPU is too small for it whole."""
+    fits = common.fits_whole(checkpoint, settings.dtype, settings.device, "TEACHER")
+    device = settings.device if fits else torch.device("cpu")
+    teacher = common.load_model(checkpoint, settings.dtype, device, "TEACHER")
+    teacher.set_attn_implementation(settings.implementation if fits else attention.MASKED)
+    rows = range(min(settings.micro_batch_size, len(held_out)))
+    states = teacher_states(teacher, fetch(held_out, rows, device)).to(settings.device)
     del teacher
-    gc.collect()  # hooks of one that is spread refer to it
+    gc.collect()
     if settings.device.type == "cuda":
-        torch.cuda.empty_cache()  # load_model looks at what the device has free
-    return batch, states
+        torch.cuda.empty_cache()
+    return fetch(held_out, rows, settings.device), states
 
 
 def quantization_kl(teacher, batch: Batch, targets: torch.Tensor, settings) -> float:
@@ -870,8 +885,8 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
             common.write_json(output / "pare.json", record | {"step": step})  # there is something to lose
 
     if not train(student, teacher, held_out, rows, optimizer, first_step, bad_steps, log, save, settings):
-        launch = f"accelerate launch --num_processes {world} " * (world > 1)
-        print(f"\nStopped; everything is saved. To continue:\n\n    uv run {launch}{shlex.join(sys.argv)}", flush=True)
+        launch = f"{LAUNCH} --num_processes {world}" if world > 1 else "uv run"
+        print(f"\nStopped; everything is saved. To continue:\n\n    {launch} {shlex.join(sys.argv)}", flush=True)
         sys.exit(0)
 
     weights = {
@@ -927,6 +942,8 @@ def make_record(teacher: common.Checkpoint, student: common.Checkpoint, settings
 
 
 def print_plan(rows, first_step: int, settings) -> None:
+    if common.rank_and_world()[1] > 1 and SHUTDOWN not in os.environ:
+        print(f"a stop by SIGTERM or Ctrl-C has 30 seconds to save, then the launcher kills; `{LAUNCH}` gives 1800")
     epochs = settings.num_steps * settings.rows_per_step / len(rows)
     if epochs > 1:
         print(f"the text gives {len(rows)} rows, so training goes over it {epochs:.1f} times")

@@ -788,7 +788,8 @@ def score(checkpoint, rows: torch.Tensor, meta: dict, scores_path: Path, device,
     moments, files = common.moments_folder(scores_path), moment_files(config, checkpoint)
     temporary = common.temporary_folder(moments)
     room = SECOND_MOMENTS and check_moments_room(files, moments, temporary)
-    model = common.load_model(checkpoint, dtype, device, "MODEL")
+    spread = world == 1 and not common.fits_whole(checkpoint, dtype, device, "MODEL")
+    model = common.load_model(checkpoint, dtype, device, "MODEL", spread=spread)
     run = meta | {"moments": None, "rank": rank, "world": world, "batch_size": BATCH_SIZE, "device": device.type}
     partial = scores_path.with_name(f".{scores_path.stem}.partial-{rank}-of-{world}.safetensors")
     sums = Sums(partial, fingerprint(run | {"depth": LAYER_PERPLEXITY and LAYER_PERPLEXITY_SAMPLES}), 60 * SAVE_MINUTES)

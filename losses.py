@@ -175,8 +175,9 @@ class LogitLoss(torch.autograd.Function):
         temperature, half = options["temperature"], options["chunk_bytes"] // 2
         scale = temperature / options["denominator"]
         small = chunk_rows(half, len(weight), dtype, loss.arrays)
-        large = max(small, chunk_rows(half, len(weight), hidden.dtype, 1) // small * small)
-        buffer = hidden.new_empty(min(large, len(hidden)), len(weight))
+        width = -(-len(weight) // 64) * 64  # cuBLAS is slow with rows that do not start at whole 16 bytes
+        large = max(small, chunk_rows(half, width, hidden.dtype, 1) // small * small)
+        buffer = hidden.new_empty(min(large, len(hidden)), width)[:, : len(weight)]
         for first in range(0, len(hidden), large):
             rows = slice(first, min(first + large, len(hidden)))
             gradients = buffer[: rows.stop - first]

@@ -11,6 +11,7 @@ Shapes: B rows, T tokens of a row, H hidden, F intermediate, V vocabulary.
 
 import itertools
 import math
+import os
 import statistics
 from types import SimpleNamespace
 
@@ -184,8 +185,8 @@ def what_fits(teacher, student, settings, world: int, free: int) -> str | None:
         possible = settings.tokens_per_step % (size * tried_length * processes) == 0 and not (bits and processes > 1)
         if possible and sum(memory_parts(teacher, student, tried, processes).values()) <= free:
             changed = [f"{n} = {value!r}" for n, value in constants.items() if value != getattr(settings, n.lower())]
-            launch = [f"`accelerate launch --num_processes {processes} distill.py`"] * (processes > world)
-            return " and ".join(changed + launch)
+            launch = f"{processes} GPUs (`accelerate launch --num_processes {processes} distill.py`)"
+            return " and ".join(changed + [launch] * (processes > world))
     return None
 
 
@@ -228,10 +229,16 @@ def print_preflight(teacher: common.Checkpoint, student: common.Checkpoint, sett
     needed, free = sum(memory.values()), common.available_bytes(settings.device)
     free_disk = checkpoints.free_bytes(settings.checkpoints)
     rows = [*memory.items(), ("memory" + " of each process" * (world > 1), needed), ("free there", free)]
+    copied, free_host = 0, common.available_bytes(torch.device("cpu")) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if settings.device.type == "cuda":  # the process of rank 0 saves
+        copied = checkpoints.BYTES_PER_PARAMETER * sizes[1]
+        rows += [("a checkpoint in the host's memory", copied), ("free there", free_host)]
     rows += [*disk.items(), ("disk", sum(disk.values())), ("free there", free_disk)]
     common.print_table([[part, f"{size / 1e9:.2f} GB"] for part, size in rows if size])
     continued = bool(checkpoints.checkpoints_in(settings.checkpoints))
     print(f"memory {verdict(teacher, student, settings, world, needed, free, continued)}", flush=True)
+    if copied > free_host:
+        print("the host's memory is too small to save a checkpoint: take a machine with more")
     return needed
 
 

@@ -17,18 +17,21 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import common
 
 
-def shard(model, dtype: torch.dtype):
-    """Shard a model over all processes; `dtype` is what its decoder layers compute in.
+def shard(model, dtype: torch.dtype, device: torch.device):
+    """Shard a model over all processes, on their devices; `dtype` is what its decoder layers' matrices are gathered in.
 
-    Embeddings, final norm and head are gathered as they are: the residual stream stays float32 where they are, and the
+    Embeddings, norms and head are gathered as they are: the residual stream stays float32 where they are, and the
     head's gradient too. A tied head is gathered with the embeddings.
     """
     _, world = common.rank_and_world()
     if world == 1:
         return model
     base, head = model.base_model, model.get_output_embeddings()
-    mesh = init_device_mesh(model.device.type, (world,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (world,))
+    vectors = {"param_dtype_override_fn": lambda p: p.dtype if p.ndim == 1 else None}
+    can = vectors.keys() <= MixedPrecisionPolicy.__dataclass_fields__.keys()  # else they are rounded
+    dtypes = {"param_dtype": dtype, "reduce_dtype": torch.float32} | (vectors if can else {})
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False, **dtypes)
     as_it_is = MixedPrecisionPolicy(cast_forward_inputs=False)
     tied = head.weight is model.get_input_embeddings().weight
     groups = [fully_shard(layer, mesh=mesh, mp_policy=policy) for layer in base.layers]

@@ -138,7 +138,7 @@ def random_model(config, seed: int = 0):
 def save_checkpoint(folder: Path, family: str, seed: int = 0, edit=None, **more) -> Path:
     """A random checkpoint of a family with a tokenizer; `edit(model)` may change its weights first."""
     tokenizer = build_tokenizer()
-    model = random_model(CONFIGS[family](vocab_size=len(tokenizer), **more), seed)
+    model = random_model(CONFIGS[family](**{"vocab_size": len(tokenizer)} | more), seed)
     if edit:
         with torch.no_grad():
             edit(model)

@@ -9,6 +9,7 @@ from conftest import CONFIGS, checkpoint_layers, one_document_rows, random_model
 from test_distill import Rows, run_constants
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
@@ -75,6 +76,22 @@ def test_packed_documents_do_not_see_each_other(family, implementation, training
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=2e-5)
     for ours, theirs in zip(torch.autograd.grad((together * weights).sum(), parameters), expected, strict=True):
         assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+def test_float32_on_a_gpu_has_keys_for_every_head(monkeypatch):
+    """Only the kernel that makes all scores at once shares keys between heads there, and without a mask it would."""
+    seen = []
+
+    def look(module, query, key, value, mask, scaling):
+        seen.append((module.num_key_value_groups, key.shape[1], value.shape[1]))
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", look)
+    module = SimpleNamespace(num_key_value_groups=4)
+    for device, dtype in (("cuda", torch.float32), ("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        with FakeTensorMode():
+            tensors = [torch.empty(2, heads, 30, 16, dtype=dtype, device=device) for heads in (8, 2, 2)]
+            attention.attend_masked(module, *tensors, None, masks={None: None}, longest=30)
+    assert seen == [(1, 8, 8), (4, 2, 2), (4, 2, 2)]
 
 
 def masks_given(model, batch: data.Batch, monkeypatch) -> list:

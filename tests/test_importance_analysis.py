@@ -867,9 +867,11 @@ def test_a_model_too_large_for_its_gpu_is_spread(checkpoints, monkeypatch):
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", watch)
     checkpoint, ids = common.find_checkpoint(str(checkpoints["llama"]), None, "MODEL"), torch.arange(2, 32)[None]
     logits = []
+    gpu = torch.device("cuda:0")
     for free in (1000, 10**12):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
-        model = common.load_model(checkpoint, torch.float32, torch.device("cuda:0"), "MODEL")
+        spread = not common.fits_whole(checkpoint, torch.float32, gpu, "MODEL")
+        model = common.load_model(checkpoint, torch.float32, gpu, "MODEL", spread=spread)
         with torch.no_grad():
             logits.append(model(input_ids=ids.to(model.device)).logits.cpu())
     assert seen == ["auto", {"": torch.device("cuda:0")}]

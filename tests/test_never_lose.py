@@ -707,8 +707,10 @@ def test_a_gpu_run_is_deterministic_and_the_process_as_before_afterwards(monkeyp
         with contextlib.suppress(KeyError), distill.deterministic(on, device):
             assert torch.are_deterministic_algorithms_enabled() == expected
             assert os.environ.get(name) == (":4096:8" if expected else None)
+            assert torch.utils.deterministic.fill_uninitialized_memory != expected
             raise KeyError
         assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.utils.deterministic.fill_uninitialized_memory
         assert name not in os.environ
 
 

@@ -265,7 +265,7 @@ def test_a_teacher_of_fewer_bits_takes_fewer_bytes():
         (90, "MICRO_BATCH_SIZE = 2 and GRADIENT_CHECKPOINTING = True"),
         (80, "MICRO_BATCH_SIZE = 1 and GRADIENT_CHECKPOINTING = True"),
         (75, "MICRO_BATCH_SIZE = 1 and GRADIENT_CHECKPOINTING = True and TEACHER_QUANTIZATION = '8bit'"),
-        (70, "GRADIENT_CHECKPOINTING = True and `accelerate launch --num_processes 2 distill.py`"),
+        (70, "GRADIENT_CHECKPOINTING = True and 2 GPUs (`accelerate launch --num_processes 2 distill.py`)"),
     ],
 )
 def test_what_does_not_fit_is_told_what_would(gigabytes, advice):
@@ -290,7 +290,7 @@ def test_advice_is_true():
         world = 1
         for change in advice.split(" and "):
             if "num_processes" in change:
-                world = int(change.split()[3])
+                world = int(change.split()[0])
             else:
                 name, value = change.split(" = ")
                 setattr(settings, name.lower(), ast.literal_eval(value))

@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIGS, DEFAULTS, ROOT, configure, load, logits_of, save_checkpoint, some_ids
-from test_distill import distilled, lines_of, run_constants
+from test_distill import Rows, distilled, lines_of, run_constants
 from test_never_lose import bits
 
+import attention
 import common
 import distill
 import quantization
@@ -103,6 +104,28 @@ def test_weights_that_are_not_finite_are_refused(value, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_teacher_too_large_for_the_gpu_before_it_is_quantised(fits, pair, text, tmp_path, monkeypatch):
+    """Its states come from the CPU."""
+    load_model, used = common.load_model, []
+
+    def watched(checkpoint, dtype, device, constant):
+        used.append(load_model(checkpoint, dtype, CPU, constant))
+        assert device.type == ("meta" if fits else "cpu")
+        return used[-1].to(device)
+
+    monkeypatch.setattr(common, "load_model", watched)
+    monkeypatch.setattr(common, "fits_whole", lambda *args: fits)
+    constants = {name: getattr(distill, name) for name in common.constants_of(distill)}
+    settings = distill.derive_settings(constants | run_constants(pair, text, tmp_path / "out"))
+    settings.device, settings.implementation = torch.device("meta"), attention.VARLEN
+    teacher = common.find_checkpoint(str(pair[0]), None, "TEACHER")
+    monkeypatch.setattr(distill, "teacher_states", lambda model, batch: batch.input_ids[0].float())
+    batch, states = distill.unquantized_states(teacher, Rows(8), settings)
+    assert used[0].config._attn_implementation == (attention.VARLEN if fits else attention.MASKED)
+    assert batch.input_ids.device.type == states.device.type == "meta"
 
 
 @needs_torchao

@@ -1,32 +1,38 @@
 """Two processes with sharded models give what one process gives."""
 
+import datetime
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import pytest
-from conftest import DEFAULTS, ROOT, configure, save_checkpoint
+import torch
+from conftest import DEFAULTS, ROOT, configure, load, save_checkpoint
 from safetensors.torch import load_file
 from test_distill import lines_of, run_constants
 
 import common
 import distill
+import sharding
 from common import PareError
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """family -> a teacher and a narrower student, untied and tied."""
+    """A teacher and a narrower student, untied and tied; two processes cannot halve their vocabulary."""
     root = tmp_path_factory.mktemp("pairs")
     smaller = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4}
-    tied = {"tie_word_embeddings": True}
+    odd = {"vocab_size": 301}
+    tied = odd | {"tie_word_embeddings": True}
     return {
         "untied": (
-            save_checkpoint(root / "teacher", "olmo3", seed=1),
-            save_checkpoint(root / "student", "olmo3", 2, **smaller),
+            save_checkpoint(root / "teacher", "olmo3", seed=1, **odd),
+            save_checkpoint(root / "student", "olmo3", 2, **smaller, **odd),
         ),
         "tied": (
             save_checkpoint(root / "tied_teacher", "llama", seed=1, **tied),
@@ -106,6 +112,69 @@ def test_a_run_goes_on_with_another_number_of_processes(first, runs, launch, tmp
     result = (alone if first == "two" else launch)(constants | {"OUTPUT_DIR": str(output)})
     assert result is None or "continuing after step 3" in result[1]
     assert_same_run(output, Path(one["OUTPUT_DIR"]), rel=2e-5)
+
+
+def test_two_processes_in_bfloat16(pairs, text, launch, tmp_path):
+    """What is float32 in one process, norms among it, is so in two."""
+    options = {"TRAIN_TOKENS": 4 * 128, "EVAL_TOKENS": 64, "DTYPE": "bfloat16"}
+    one, two = (run_constants(pairs["untied"], text, tmp_path / name, **options) for name in ("one", "two"))
+    alone(one)
+    codes, printed = launch(two)
+    assert codes == [0, 0], printed[-3000:]
+    assert_same_run(tmp_path / "two", tmp_path / "one", rel=2e-5)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_model_is_sharded_before_the_next_is_loaded(fits, pairs, monkeypatch):
+    """On its GPU where it fits there whole, else from the CPU's memory."""
+    done = []
+
+    def load_model(checkpoint, dtype, device, constant, quantization):
+        done.append(f"load {constant} on {device}")
+        return load(checkpoint.folder)
+
+    def shard(model, dtype, device):
+        done.append(f"shard on {device}")
+        return model
+
+    monkeypatch.setattr(common, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(common, "available_bytes", lambda device: 10**9 if fits else 1000)
+    monkeypatch.setattr(common, "load_model", load_model)
+    monkeypatch.setattr(sharding, "shard", shard)
+    constants = {name: getattr(distill, name) for name in common.constants_of(distill)}
+    settings = distill.derive_settings(constants | {"DEVICE": "cpu"}, 2)
+    settings.device = torch.device("cuda:1")
+    distill.load_pair(*(common.find_checkpoint(str(path), None, "MODEL") for path in pairs["untied"]), settings)
+    where = "cuda:1" if fits else "cpu"
+    assert done == [f"load TEACHER on {where}", "shard on cuda:1", f"load STUDENT on {where}", "shard on cuda:1"]
+
+
+def test_processes_are_patient_and_each_has_its_own_gpu(monkeypatch):
+    """While that of rank 0 packs or saves; NCCL alone gives up after ten minutes."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seen = []
+
+    def join(**arguments):
+        seen.append(arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(accelerate, "PartialState", join)
+    with pytest.raises(InterruptedError), common.processes("auto"):
+        pass
+    assert seen == [{"cpu": not torch.cuda.is_available(), "timeout": datetime.timedelta(days=1)}]
+    with pytest.raises(PareError, match=r"DEVICE = 'cuda:0' .* set DEVICE = 'cuda'"), common.processes("cuda:0"):
+        pass
+
+
+def test_who_has_30_seconds_to_save_is_told(monkeypatch, capsys):
+    settings = SimpleNamespace(num_steps=1, rows_per_step=1)
+    monkeypatch.setattr(common, "rank_and_world", lambda: (0, 2))
+    for value, lines in ((None, 1), ("600", 0)):
+        monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+        if value:
+            monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", value)
+        distill.print_plan([0], 0, settings)
+        assert capsys.readouterr().out.count("`TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 uv run accelerate launch`") == lines
 
 
 def test_a_step_must_divide_among_the_processes():
