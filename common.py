@@ -189,7 +189,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def available_bytes(device: torch.device) -> int:
     """Memory of the device that is free now; on a CPU a process's share of what the system has available."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for itself
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         available = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
     except (OSError, TypeError):  # not Linux
@@ -259,7 +260,8 @@ class Progress:
     """One progress bar in a terminal; elsewhere a plain line every ten seconds."""
 
     def __init__(self, total: int, unit: str, description: str, done: int = 0):
-        self.bar = tqdm(total=total, unit=unit, desc=description, initial=done, disable=None, dynamic_ncols=True)
+        hidden = True if rank_and_world()[0] else None  # None: where there is no terminal
+        self.bar = tqdm(total=total, unit=unit, desc=description, initial=done, disable=hidden, dynamic_ncols=True)
         self.total, self.unit, self.description, self.done = total, unit, description, done
         self.last = time.monotonic()
 
@@ -767,6 +769,12 @@ def load_model(
         if not parameter.is_meta and not all(tensor.isfinite().all() for tensor in stored_tensors(parameter)):
             raise PareError(f"{what}: {name} holds values that are not finite. {checkpoint.again}")
     return model.eval()
+
+
+def widen_window(config, length: int) -> None:
+    """Spare rows of `length` tokens the mask, all zeros, that transformers makes for a window just as long."""
+    if getattr(config, "sliding_window", None) == length:
+        config.sliding_window += 1
 
 
 def stored_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import common
@@ -118,10 +119,12 @@ class Sums:
             self.sums[name] = common.sum_over_processes(self.sums[name])
 
 
-def run_stage(stage: str, sums: Sums, rows: torch.Tensor, half: torch.Tensor, batch_size: int, step: Callable) -> None:
-    """Call step(rows (B, T), half (B,)) on every batch that `sums` has not seen yet."""
+def run_stage(
+    stage: str, sums: Sums, rows: torch.Tensor, half: torch.Tensor, batch_size: int, step: Callable, more: str = ""
+) -> None:
+    """Call step(rows (B, T), half (B,)) on every batch that `sums` has not seen yet; `more` is for the eye."""
     first = sums.done.get(stage, 0)
-    progress = common.Progress(len(rows), "samples", stage, done=first)
+    progress = common.Progress(len(rows), "samples", stage + more, done=first)
     for start in range(first, len(rows), batch_size):
         batch = slice(start, start + batch_size)
         step(rows[batch], half[batch])
@@ -427,6 +430,8 @@ def moment_bytes(places: dict[str, int]) -> int:
 
 def free_memory(device: torch.device) -> int:
     """Bytes for second moments beside the model: four fifths of what is free."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return int(0.8 * common.available_bytes(device))
 
 
@@ -563,19 +568,24 @@ def write_moments(
     batch_size: int,
     folder: Path,
     identity: str,
+    begun: list,
     open_sums: Callable[[list], Sums],
 ) -> None:
     """Write one safetensors file per entry of `files`: E[x xᵀ] and E[x] at every place (see MomentHooks), float32.
 
     As many files per pass over `rows` as fit into memory beside the model; files of the same `identity` that are
-    complete already are not made again. `open_sums(layers)` gives the unfinished sums of a pass over these.
+    complete already are not made again. A killed pass was over the files `begun`: it is ended first, as it was.
+    `open_sums(layers)` gives the unfinished sums of a pass over these.
     """
     paths, rank = {layer: folder / common.moments_file(layer) for layer in files}, common.rank_and_world()[0]
     missing = [layer for layer in files if rank == 0 and not is_finished(paths[layer], identity)]
-    missing = {layer: files[layer] for layer in common.from_rank_0(missing)}
-    turns = common.from_rank_0(plan_passes(missing, free_memory(model.device)) if missing else [])
+    missing, begun = common.from_rank_0((missing, begun))
+    turns = [{layer: files[layer] for layer in begun}] if set(begun) & set(missing) else []
+    missing = {layer: files[layer] for layer in missing if not turns or layer not in begun}
+    turns += common.from_rank_0(plan_passes(missing, free_memory(model.device)) if missing else [])
     if turns:
-        minutes = moments_seconds(model, missing, rows, batch_size, len(turns)) / 60
+        made = {layer: places for turn in turns for layer, places in turn.items()}
+        minutes = moments_seconds(model, made, rows, batch_size, len(turns)) / 60
         print(f"second moments: about {minutes:.0f} minutes" if minutes >= 1 else "second moments: less than a minute")
     for number, turn in enumerate(turns, 1):
         sums = open_sums(list(turn))
@@ -586,7 +596,8 @@ def write_moments(
 
         try:
             with torch.inference_mode():
-                run_stage(f"second moments, pass {number} of {len(turns)}", sums, rows, rows, batch_size, step)
+                which = f", pass {number} of {len(turns)}"
+                run_stage("second moments", sums, rows, rows, batch_size, step, which)
         finally:
             for hook in hooks.values():
                 hook.remove()
@@ -611,7 +622,7 @@ def check_moments_room(files: dict, folder: Path, temporary: Path) -> bool:
             f"SECOND_MOMENTS = True needs {needed / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are "
             "free. Set SCORES_PATH on a larger disk, or SECOND_MOMENTS = False."
         )
-    return free > 2 * needed
+    return free > 2 * common.rank_and_world()[1] * needed  # each process has its own, and the old while it writes
 
 
 def clear_leftovers(folder: Path, names: set[str]) -> None:
@@ -788,16 +799,27 @@ def score(checkpoint, rows: torch.Tensor, meta: dict, scores_path: Path, device,
     moments, files = common.moments_folder(scores_path), moment_files(config, checkpoint)
     temporary = common.temporary_folder(moments)
     room = SECOND_MOMENTS and check_moments_room(files, moments, temporary)
-    spread = world == 1 and not common.fits_whole(checkpoint, dtype, device, "MODEL")
+    spread = world == 1 and ":" not in DEVICE and not common.fits_whole(checkpoint, dtype, device, "MODEL")
     model = common.load_model(checkpoint, dtype, device, "MODEL", spread=spread)
+    common.widen_window(model.config, SEQUENCE_LENGTH)
     run = meta | {"moments": None, "rank": rank, "world": world, "batch_size": BATCH_SIZE, "device": device.type}
     partial = scores_path.with_name(f".{scores_path.stem}.partial-{rank}-of-{world}.safetensors")
     sums = Sums(partial, fingerprint(run | {"depth": LAYER_PERPLEXITY and LAYER_PERPLEXITY_SAMPLES}), 60 * SAVE_MINUTES)
 
+    partial_moments = partial.with_name(f"{partial.stem}-moments.safetensors")
+
+    def identity_over(layers: list) -> str:
+        return fingerprint(run | {"moments": meta["moments"], "layers": layers})
+
+    def begun_moments() -> list:
+        """The layers that a killed pass was over; none if it was another run's."""
+        record = common.metadata_of(partial_moments) or {}
+        names = safe_open(partial_moments, framework="pt").keys() if record else []
+        layers = [layer for layer in files if any(name.startswith(f"{layer} ") for name in names)]
+        return layers if record.get("identity") == identity_over(layers) else []
+
     def open_moments(layers: list) -> Sums:
-        path = partial.with_name(f"{partial.stem}-moments.safetensors")
-        identity = fingerprint(run | {"moments": meta["moments"], "layers": layers})
-        return Sums(path, identity, 60 * SAVE_MINUTES if room else math.inf)
+        return Sums(partial_moments, identity_over(layers), 60 * SAVE_MINUTES if room else math.inf)
 
     mine, half = rows[rank::world], (torch.arange(len(rows)) % 2)[rank::world]
 
@@ -811,7 +833,8 @@ def score(checkpoint, rows: torch.Tensor, meta: dict, scores_path: Path, device,
         some = rows[:SECOND_MOMENT_SAMPLES][rank::world]
         if rank == 0:
             clear_leftovers(temporary, {*map(common.moments_file, files), common.MOMENTS_ROWS})
-        write_moments(model, family, files, some, BATCH_SIZE, temporary, meta["moments"], open_moments)
+        begun = begun_moments()
+        write_moments(model, family, files, some, BATCH_SIZE, temporary, meta["moments"], begun, open_moments)
         if rank == 0:
             save_moments(temporary / common.MOMENTS_ROWS, {"rows": rows[:SECOND_MOMENT_SAMPLES].int()}, meta["moments"])
     sums.reduce()

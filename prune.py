@@ -1032,8 +1032,7 @@ def write_student(
     files = write_weights(folder, planned, source, refit)
     if moments and REFIT_SAMPLES:
         rows = moments.rows()[:REFIT_SAMPLES]
-        channels = checkpoint.config.hidden_size + len(keep.hidden)
-        size = rows.numel() * channels * common.DTYPE_BYTES[source.infos[f"{common.EMBEDDING}.weight"].dtype]
+        size = rows.numel() * token_bytes(checkpoint, len(keep.hidden), source)
         print(f"refitting in sequence: {size / 1e9:.1f} GB of residual streams on {device}", flush=True)
         refit_in_sequence(checkpoint.folder, folder, planned, basis, rows, device, NORM_RESCALE)
         files = {}  # changed in place
@@ -1107,6 +1106,7 @@ def main() -> Path:
         moments = open_moments(scores, scores_path)
         if moments:
             moments.check(teacher.num_hidden_layers, not config.tie_word_embeddings)
+            check_memory(moments, checkpoint, student, source, device)
 
         keep, raw, runtimes = decide(checkpoint, student, scores)
         norms = scores["norms"] if NORM_RESCALE else None
@@ -1150,6 +1150,26 @@ def check_portable(runtimes: list[tuple]) -> None:
     ]
     if problems:
         raise PareError("REQUIRE_PORTABLE = True refuses this shape. " + "\n".join(problems))
+
+
+def token_bytes(checkpoint: common.Checkpoint, hidden_size: int, source: Source) -> int:
+    """Of the residual streams of teacher and student, which refit_in_sequence keeps."""
+    dtype = source.infos[f"{common.EMBEDDING}.weight"].dtype
+    return (checkpoint.config.hidden_size + hidden_size) * common.DTYPE_BYTES[dtype]
+
+
+def check_memory(moments: Moments, checkpoint: common.Checkpoint, student: Sizes, source: Source, device) -> None:
+    """Refuse a device too small for the refit in sequence, before anything is done."""
+    rows = moments.rows()[:REFIT_SAMPLES]
+    of_row = rows.shape[1] * token_bytes(checkpoint, student.hidden_size, source)
+    work = 6 * 8 * checkpoint.config.intermediate_size**2  # matrices of the neurons in float64
+    free = common.available_bytes(device)
+    if len(rows) * of_row + work > free and len(rows):
+        raise PareError(
+            f"REFIT_SAMPLES = {REFIT_SAMPLES}: {len(rows) * of_row / 1e9:.1f} GB of residual streams and "
+            f"{work / 1e9:.1f} GB to work in do not fit on {device}, where {free / 1e9:.1f} GB are free.\n"
+            f"Set REFIT_SAMPLES = {max(0, (free - work) // of_row)}, or another DEVICE."
+        )
 
 
 def check_room(output: Path, num_bytes: int) -> None:

@@ -73,9 +73,11 @@ def read_finite(source: Source, name: str, device: torch.device) -> torch.Tensor
 def factorize(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     """The Cholesky factor of gram + λ mean(diag gram) I; λ grows where float32 sums left that not positive definite,
     as they do where a covariance is small beside the means."""
-    scale = gram.diagonal().abs().mean().clamp(min=1e-30) * torch.eye(len(gram)).to(gram)
+    scale = gram.diagonal().abs().mean().clamp(min=1e-30)
     for power in range(7):
-        factor, failed = torch.linalg.cholesky_ex(gram + 10**power * ridge * scale)
+        raised = gram.clone()
+        raised.diagonal().add_(10**power * ridge * scale)
+        factor, failed = torch.linalg.cholesky_ex(raised)
         if not failed:
             return factor
     raise PareError(
@@ -150,15 +152,17 @@ def greedy_neurons(moments: torch.Tensor, weights: torch.Tensor, keep: int) -> t
         order = (weights.square().sum(0) / inverse.diagonal()).argsort()
         candidates, chosen = order[: 4 * step], []
         block, columns = inverse[candidates][:, candidates], weights[:, candidates]
+        taken = torch.zeros_like(candidates, dtype=torch.bool)
         for _ in range(min(step, len(left) - keep)):  # one by one: of two that are alike, only one can go
-            costs = columns.square().sum(0) / block.diagonal()
-            costs[chosen] = math.inf
-            chosen.append(costs.argmin().item())
-            ratio = block[chosen[-1]] / block[chosen[-1], chosen[-1]]
-            columns = columns - columns[:, chosen[-1:]] * ratio
-            block = block - block[:, chosen[-1:]] * ratio
-            block[chosen[-1], chosen[-1]] = 1.0
-        gone = candidates[chosen]
+            costs = (columns.square().sum(0) / block.diagonal()).masked_fill(taken, math.inf)
+            index = costs.argmin(0, keepdim=True)  # (1,): it stays on the device, so that nobody waits for it
+            ratio = block[index] / block[index, index]
+            columns = columns - columns[:, index] * ratio
+            block = block - block[:, index] * ratio
+            block[index, index] = 1.0
+            taken[index] = True
+            chosen.append(index)
+        gone = candidates[torch.cat(chosen)]
         stay = torch.ones_like(left, dtype=torch.bool)
         stay[gone] = False
         update = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])  # (gone, stay)
@@ -231,6 +235,7 @@ class LayerByLayer:
         self.checkpoint = common.find_checkpoint(str(folder), None, "MODEL")
         self.source = Source(self.checkpoint.folder, common.tensor_infos(self.checkpoint, "MODEL"))
         self.device, config = device, self.checkpoint.config
+        common.widen_window(config, batches[0].shape[1])
         with torch.device("meta"):
             self.model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="sdpa"
@@ -431,13 +436,16 @@ def refit_norm(teacher, student, index: int, new: int, linear: str, plan: dict, 
 
     def normed(side: LayerByLayer, layer: int, batch: int) -> torch.Tensor:
         norm, (_, output) = side.base.layers[layer].get_submodule(name), run_to(side, layer, batch, linear)
-        return norm(output.unflatten(-1, (-1, len(norm.weight)))).flatten(2).double()  # whole, or head by head
+        return norm(output.unflatten(-1, (-1, len(norm.weight)))).flatten(2).to(dtype)  # whole, or head by head
 
+    dtype = torch.float64 if teacher.device.type == "cpu" else torch.float32  # a GPU is slow in float64
+    basis = None if basis is None else basis.to(dtype)
     rows, across, energy = tensor.rows.flatten().to(teacher.device), 0, 0
     for batch in range(len(teacher.hidden)):
         wanted, given = normed(teacher, index, batch), normed(student, new, batch)
         wanted = wanted[..., rows] if tensor.mixed is None else wanted @ basis.T
-        across, energy = across + (wanted * given).sum(), energy + given.square().sum()
+        across = across + (wanted * given).sum(dtype=torch.float64)
+        energy = energy + given.square().sum(dtype=torch.float64)
     weight = student.base.layers[new].get_submodule(name).weight
     if energy > 0:
         weight.add_((weight + family.norm_offset) * (across / energy - 1))  # a factor of 1 changes no bit

@@ -1262,6 +1262,22 @@ def test_a_gpu_too_small_for_the_refit(refused, monkeypatch, with_moments):
     contains(message, "DEVICE = 'cpu'", "memory is too small", "REFIT_SAMPLES = 256")
 
 
+def test_memory_too_small_for_the_refit_is_seen_before_any_work(refused, monkeypatch, with_moments):
+    """With as many calibration rows as the message names, it is enough."""
+    rows = load_file(with_moments.with_suffix(".moments") / "rows.safetensors")["rows"]
+    work, of_row = 6 * 8 * 64**2, rows.shape[1] * (48 + 40) * 4  # float64 squares of the neurons; two float32 streams
+    assert len(rows) > 2
+    constants = {"SCORES_PATH": str(with_moments), "HIDDEN_SIZE": 40}
+    monkeypatch.setattr(common, "available_bytes", lambda device: work + 2 * of_row)
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "choose_neurons", None)
+        patch.setattr(prune, "write_student", None)
+        message = refused(prune, **constants)
+    contains(message, "REFIT_SAMPLES = 256: ", "do not fit on cpu", "Set REFIT_SAMPLES = 2, or another DEVICE")
+    configure(prune, **constants, REFIT_SAMPLES=2)
+    assert prune.main().is_dir()
+
+
 def test_hidden_scores_of_another_name(refused):
     contains(refused(prune, HIDDEN_METRIC="magic"), "HIDDEN_METRIC = 'magic'", "'block_inputs'", "'norm_outputs'")
 

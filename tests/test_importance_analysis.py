@@ -594,6 +594,22 @@ def test_two_processes_give_the_scores_of_one(checkpoints, text, tmp_path):
         )
 
 
+def test_rows_as_long_as_the_window_need_no_mask(checkpoints, text, tmp_path, monkeypatch):
+    """In any stage; the window of 12 tokens hides nothing of them."""
+    masks, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def look(*tensors, attn_mask=None, **more):
+        masks.append(attn_mask)
+        return attend(*tensors, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+    score(checkpoints["olmo3"], text, tmp_path / "12.pt", **MOMENTS | {"SEQUENCE_LENGTH": 12, "LAYER_PERPLEXITY": True})
+    assert len(masks) > 0
+    assert all(mask is None for mask in masks)
+    score(checkpoints["olmo3"], text, tmp_path / "13.pt", **MOMENTS | {"SEQUENCE_LENGTH": 13})
+    assert not all(mask is None for mask in masks)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Second moments
 
@@ -724,10 +740,33 @@ def test_second_moments_killed_within_a_pass_continue(checkpoints, text, tmp_pat
         score(checkpoints["llama"], text, tmp_path / "scores.pt", **constants)
     assert not (tmp_path / ".scores.moments.tmp" / "layer-0.safetensors").exists()
     score(checkpoints["llama"], text, tmp_path / "scores.pt", **constants)
-    assert "continuing after 3 rows of second moments, pass 1 of 1\n" in capsys.readouterr().out
+    assert "continuing after 3 rows of second moments\n" in capsys.readouterr().out
     for file in (tmp_path / "whole.moments").iterdir():
         assert (tmp_path / "scores.moments" / file.name).read_bytes() == file.read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_second_moments_killed_within_a_later_pass_continue_with_another_plan(
+    checkpoints, text, tmp_path, monkeypatch, capsys
+):
+    """In the third pass of one file each; then all that is missing fits into one beside it, or one file at a time."""
+    constants = MOMENTS | {"BATCH_SIZE": 1, "SAVE_MINUTES": 0.0, "LAYER_PERPLEXITY": False, "NUM_SAMPLES": 6}
+    score(checkpoints["llama"], text, tmp_path / "whole.pt", **constants)
+    for free in (1, 10**9):
+        path = tmp_path / f"{free}.pt"
+        monkeypatch.setattr(importance_analysis, "free_memory", lambda device: 1)
+        kill_after(6 + 2 * 4 + 3, monkeypatch)
+        with pytest.raises(Killed):
+            score(checkpoints["llama"], text, path, **constants)
+        monkeypatch.setattr(importance_analysis, "free_memory", lambda device, free=free: free)
+        capsys.readouterr()
+        score(checkpoints["llama"], text, path, **constants)
+        said = capsys.readouterr().out
+        assert "continuing after 3 rows of second moments\n" in said
+        assert f"pass {3 if free == 1 else 2} of {3 if free == 1 else 2}" in said
+        for file in (tmp_path / "whole.moments").iterdir():
+            assert (path.with_suffix(".moments") / file.name).read_bytes() == file.read_bytes()
+        assert not list(tmp_path.glob(".*"))
 
 
 def test_no_room_for_unfinished_second_moments_is_no_reason_to_stop(checkpoints, text, tmp_path, monkeypatch):
