@@ -359,19 +359,26 @@ def enough_memory(settings, continued: bool) -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and the first Ctrl-C instead of dying of them; a second Ctrl-C quits at once."""
+    """Collects SIGTERM, the first Ctrl-C and the end of a terminal instead of dying of them; a second Ctrl-C quits at
+    once. A signal that is ignored (nohup) stays so."""
     received = []
 
     def receive(number, frame):
         if number == signal.SIGINT and received:
             raise KeyboardInterrupt
         received.append(number)
-        os.write(2, b"\nfinishing this step, then saving; Ctrl-C (again) quits at once\n")  # print is not reentrant
+        try:
+            os.write(2, b"\nfinishing this step, then saving; Ctrl-C (again) quits at once\n")  # print is not reentrant
+        except OSError:  # the terminal is gone: whatever else is printed would raise this too
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
 
     if threading.current_thread() is not threading.main_thread():  # others may not have handlers
         yield received
         return
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, receive) for number in numbers}
     try:
         yield received
     finally:

@@ -5,10 +5,13 @@ import contextlib
 import copy
 import json
 import os
+import pty
 import random
 import resource
+import select
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import configure, load, save_checkpoint
+from conftest import ROOT, configure, load, save_checkpoint
 from safetensors.torch import load_file
 from test_distill import run_constants
 
@@ -132,12 +135,12 @@ def unfinished(undisturbed, tmp_path):
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_run_continues_to_the_same_bits(
     number, undisturbed, pair, text, run, at_step, tmp_path, monkeypatch, capsys
 ):
     """Stopped in the middle of a step, by the command line: exit code 0 and the command as it was typed."""
-    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     arguments = [f"{name}={value}" for name, value in constants_for(pair, text, tmp_path / "out").items()]
     monkeypatch.setattr(sys, "argv", ["distill.py", *arguments, "MAX_BAD_STEPS=3"])
     at_step(4, lambda student: os.kill(os.getpid(), number))
@@ -145,7 +148,7 @@ def test_a_stopped_run_continues_to_the_same_bits(
         common.run(distill)
     assert stopped.value.code == 0
     contains(capsys.readouterr().out, f"uv run distill.py TEACHER={pair[0]} ", " MAX_BAD_STEPS=3\n")
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
     assert names_in(tmp_path / "out" / "checkpoints") == ["step-00000004", "step-00000005"]
     assert not (tmp_path / "out" / "model").exists()
     run()
@@ -199,6 +202,40 @@ def test_a_second_ctrl_c_quits_at_once(run, at_step, tmp_path):
         run()
     assert signal.getsignal(signal.SIGINT) == before
     assert names_in(tmp_path / "out" / "checkpoints") == ["step-00000002", "step-00000004"]
+
+
+def test_a_terminal_that_is_closed_lets_the_step_be_saved(pair, text, tmp_path):
+    """Its signal, and no place to print to any more."""
+    ours, theirs = pty.openpty()
+    constants = constants_for(pair, text, tmp_path / "out", TRAIN_TOKENS=10**6, SAVE_EVERY=10**4, EVAL_EVERY=10**4)
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "distill.py"), *(f"{name}={value}" for name, value in constants.items())],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: os.login_tty(0),
+    )
+    os.close(theirs)
+    metrics, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.is_file() or len(steps_of(tmp_path / "out")) < 5:
+        assert time.monotonic() < deadline
+        if select.select([ours], [], [], 0.05)[0]:
+            os.read(ours, 2**16)
+    os.close(ours)
+    assert child.wait(timeout=60) == 0
+    assert steps_saved(tmp_path / "out") == len(steps_of(tmp_path / "out")) >= 5
+
+
+def test_ignored_signals_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with distill.stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert not received
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_other_threads_train_without_handlers():
