@@ -253,9 +253,9 @@ def build_optimizer(student, settings) -> torch.optim.Optimizer:
 def backward(student, teacher, batch: Batch, denominator: torch.Tensor | int, settings) -> torch.Tensor:
     """Add a micro-batch's gradients to the student's; returns its part of the loss, and of L_hidden or 0: (2,)."""
     hidden, has_teacher = settings.hidden, losses.LOSSES[settings.loss].has_teacher
-    with losses.compared_states(student, hidden) as compared:
+    with losses.compared_states(student, losses.LAYER if hidden else None) as compared:
         states = student_states(student, batch, settings)
-    with losses.compared_states(teacher, hidden) as compared_targets:
+    with losses.compared_states(teacher, hidden.teacher_layer if hidden else None) as compared_targets:
         targets = teacher_states(teacher, batch) if hidden or has_teacher else None
 
     def loss_of(states, weight):
@@ -849,7 +849,7 @@ def quantization_kl(teacher, batch: Batch, targets: torch.Tensor, settings) -> f
 def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, settings) -> dict:
     """Distil from the newest checkpoint or from the start, and export; returns the exported model's record."""
     rank, world = common.rank_and_world()
-    kept = losses.kept_channels(teacher_checkpoint, student_checkpoint) if settings.hidden_loss else None
+    kept, layer = losses.what_was_kept(teacher_checkpoint, student_checkpoint) if settings.hidden_loss else (None, 0)
     if settings.hidden_loss and kept is None and world > 1:
         raise PareError(
             f"HIDDEN_LOSS = True: prune.py did not make STUDENT = {settings.student!r}, so it learns a projection: "
@@ -875,7 +875,7 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
         if kept is None:
             losses.add_projection(student, teacher.config.hidden_size, settings)
         weight = read_json(latest / "pare.json")["hidden_weight"] if latest else 0.0
-        settings.hidden = losses.HiddenLoss(kept if kept is None else kept.to(settings.device), weight)
+        settings.hidden = losses.HiddenLoss(kept if kept is None else kept.to(settings.device), layer, weight)
     optimizer = build_optimizer(student, settings)
     first_step, bad_steps = load_checkpoint(latest, student, optimizer) if latest else (0, 0)
     print_plan(rows, first_step, settings)

@@ -22,6 +22,7 @@ from checkpoints import read_json
 from common import PareError
 from data import Batch
 
+LAYER = -3  # (last - 2), whose output HIDDEN_LOSS compares (arXiv 2407.14679 Table 18)
 FLOOR = -1e30  # instead of a log-probability of -inf, where it is multiplied by a probability of 0
 
 
@@ -252,12 +253,12 @@ def cosine_distance(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 
 @contextmanager
-def compared_states(model, on) -> Iterator[list[torch.Tensor]]:
-    """Collects, where `on`, the states (B, T, H) that HIDDEN_LOSS compares from the forward pass in the block: the
-    embedding's output, and that of layer (last - 2). The hooks go with the block: checkpointing runs layers again."""
+def compared_states(model, layer: int | None) -> Iterator[list[torch.Tensor]]:
+    """Collects the states (B, T, H) that HIDDEN_LOSS compares from the forward pass in the block: the embedding's
+    output, and that of `layer`; none for None. The hooks go with the block: checkpointing runs layers again."""
     base, states = model.base_model, []
     with ExitStack() as hooks:
-        for module in [base.embed_tokens, base.layers[-3]] if on else []:
+        for module in [] if layer is None else [base.embed_tokens, base.layers[layer]]:
             hooks.enter_context(module.register_forward_hook(lambda module, x, output: states.append(output)))
         yield states
 
@@ -266,6 +267,7 @@ def compared_states(model, on) -> Iterator[list[torch.Tensor]]:
 class HiddenLoss:
     """L_hidden of arXiv 2407.14679 §3: the mean over two places and all counted tokens of 1 - cos(student, teacher).
 
+    The places are the embedding's output, and that of the student's layer (last - 2) beside that of `teacher_layer`.
     `kept`: what of the teacher's state x the student's is compared with, channels x[kept] for indices (H',), directions
     kept @ x for (H', H); None: all of it, by way of a learned projection, as in the paper. `weight`: L_logits/L_hidden
     of the optimizer step before (0 in the first), not of this micro-batch: one number for a whole step is exact in any
@@ -274,6 +276,7 @@ class HiddenLoss:
     """
 
     kept: torch.Tensor | None
+    teacher_layer: int = LAYER
     weight: float = 0.0
     figures: dict = field(default_factory=dict)  # of the last step, for metrics.jsonl
 
@@ -297,26 +300,32 @@ class HiddenLoss:
             self.weight = max(0.0, loss / distance) if distance > 0 else 0.0
 
 
-def kept_channels(teacher: common.Checkpoint, student: common.Checkpoint) -> torch.Tensor | None:
+def what_was_kept(teacher: common.Checkpoint, student: common.Checkpoint) -> tuple[torch.Tensor | None, int]:
     """What the student kept of the teacher's hidden channels, by prune.py's record: int64 indices (H',), or float32
-    directions (H', H). None without such a record, or for a teacher of another width; one trained since will do."""
+    directions (H', H); and the teacher's layer that hands its output to the one that follows the student's LAYER.
+
+    (None, LAYER) without such a record, or for a teacher of another size; one trained since will do.
+    """
     path = student.folder / "pare.json"
     record = read_json(path)
     if not path.is_file() or record.get("script", "prune.py") != "prune.py":
-        return None
+        return None, LAYER
     try:
-        kept, file = record["kept"]["hidden"], record["kept"].get("directions")
+        kept, file, layers = record["kept"]["hidden"], record["kept"].get("directions"), record["kept"]["layers"]
         intact = not file or common.hash_file(student.folder / file) == record["sha256"][file]
         kept = load_file(student.folder / file)["basis"] if file else torch.tensor(kept, dtype=torch.int64)
         intact = intact and len(kept) == student.config.hidden_size and kept.ndim == (2 if file else 1)
-        intact = intact and (file or kept.min() >= 0)
+        intact = intact and (file or kept.min() >= 0) and len(layers) == student.config.num_hidden_layers
+        intact = intact and all(isinstance(layer, int) for layer in layers) and layers == sorted({*layers})
+        intact = intact and layers[0] >= 0
     except (OSError, KeyError, TypeError, AttributeError, RuntimeError, ValueError, SafetensorError):
         intact = False
     if not intact:
         what = f"STUDENT = {student.name!r}: pare.json, or the file of directions that it names, is damaged"
         raise PareError(f"{what}, and HIDDEN_LOSS = True reads them.\nRun prune.py again.")
     width = teacher.config.hidden_size
-    return kept if (kept.shape[1] == width if file else kept.max() < width) else None
+    fits = layers[-1] < teacher.config.num_hidden_layers and (kept.shape[1] == width if file else kept.max() < width)
+    return (kept, layers[LAYER + 1] - 1) if fits else (None, LAYER)
 
 
 def add_projection(student, width: int, settings) -> None:

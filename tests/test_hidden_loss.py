@@ -102,7 +102,7 @@ def test_a_step_equals_float64_in_any_split(family, way, checkpointing, pair, te
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
     for micro_batch_size in (1, 2, 4):
         settings = settings_for(pair, text, tmp_path, TOKENS_PER_STEP=128, MICRO_BATCH_SIZE=micro_batch_size)
-        settings.hidden, optimizer = losses.HiddenLoss(kept, 0.7), Optimizer(student)
+        settings.hidden, optimizer = losses.HiddenLoss(kept, weight=0.7), Optimizer(student)
         loss, gradient_norm = distill.train_step(
             student, teacher, distill.step_batches(rows, 0, settings), optimizer, 0, settings
         )
@@ -119,7 +119,7 @@ def test_a_step_equals_float64_in_any_split(family, way, checkpointing, pair, te
 
 
 def test_a_bad_step_leaves_the_weight_alone():
-    hidden = losses.HiddenLoss(None, 0.7)
+    hidden = losses.HiddenLoss(None, weight=0.7)
     hidden.finish_step(float("nan"), 0.5, finite=False)
     assert hidden.weight == 0.7
     hidden.finish_step(0.25, 0.0, finite=True)  # nothing to compare
@@ -175,13 +175,13 @@ def checkpoint_of(folder) -> common.Checkpoint:
 
 
 def distances(teacher_folder, student_folder) -> list[float]:
-    """Mean distance at the embedding's output and at layer (last - 2), with prune.py's record."""
-    kept = losses.kept_channels(checkpoint_of(teacher_folder), checkpoint_of(student_folder))
+    """Mean distance at the embedding's output and at layer (last - 2), with what prune.py recorded."""
+    kept, layer = losses.what_was_kept(checkpoint_of(teacher_folder), checkpoint_of(student_folder))
     batch = one_document_rows(some_ids(300, (2, 20)), torch.arange(40).view(2, 20) < 38)
     states = []
-    for folder in (student_folder, teacher_folder):
+    for folder, index in ((student_folder, losses.LAYER), (teacher_folder, layer)):
         model = load(folder)
-        with torch.no_grad(), losses.compared_states(model, True) as seen:
+        with torch.no_grad(), losses.compared_states(model, index) as seen:
             distill.hidden_states(model, batch, torch.float32)
         states.append(seen)
     student, hidden = load(student_folder), losses.HiddenLoss(kept)
@@ -214,7 +214,7 @@ def test_channels_that_are_kept_are_compared_directly(text, tmp_path):
     scores = analyse(teacher, text, tmp_path / "scores.pt")
     student = cut(teacher, scores, tmp_path / "student", HIDDEN_SIZE=30)  # two of the others go as well
     record = json.loads((student / "pare.json").read_text())
-    kept = losses.kept_channels(checkpoint_of(teacher), checkpoint_of(student))
+    kept, _ = losses.what_was_kept(checkpoint_of(teacher), checkpoint_of(student))
     assert kept.tolist() == record["kept"]["hidden"]
     assert {i % 3 for i in kept.tolist()} == {0, 2}
     assert distances(teacher, student)[0] < 1e-6
@@ -227,11 +227,25 @@ def test_directions_that_are_kept_are_compared_directly(text, tmp_path):
     more = {"SECOND_MOMENTS": True, "SECOND_MOMENT_SAMPLES": 12}
     scores = analyse(teacher, text, tmp_path / "scores.pt", **more)
     student = cut(teacher, scores, tmp_path / "student", HIDDEN_SIZE=36, REFIT_SAMPLES=0)
-    kept = losses.kept_channels(checkpoint_of(teacher), checkpoint_of(student))
+    kept, _ = losses.what_was_kept(checkpoint_of(teacher), checkpoint_of(student))
     assert kept.shape == (36, 48)
     assert max(distances(teacher, student)) < 1e-4
     student = cut(teacher, scores, tmp_path / "student", HIDDEN_SIZE=24, NUM_HIDDEN_LAYERS=4, REFIT_SAMPLES=4)
     assert distances(teacher, student)[0] < 1e-6
+
+
+@pytest.mark.parametrize(("dropped", "layer"), [([3, 4], 5), ([5, 6], 3), ([4, 5, 6, 7], 1)])
+def test_layers_that_are_kept_are_compared_directly(dropped, layer, text, tmp_path):
+    """Up to the first gap the student is its teacher: the states before its layer (last - 1) are the teacher's before
+    the same layer."""
+    teacher = save_checkpoint(tmp_path / "teacher", "olmo3")
+    scores = analyse(teacher, text, tmp_path / "scores.pt")
+    more = {"LAYERS_TO_DROP": dropped, "PROTECT_FULL_ATTENTION": False, "REFIT": False}
+    student = cut(teacher, scores, tmp_path / "student", **KEEP_ALL | more)
+    assert losses.what_was_kept(checkpoint_of(teacher), checkpoint_of(student))[1] == layer
+    found = distances(teacher, student)
+    assert found[0] < 1e-6
+    assert (found[1] < 1e-6) == (dropped != [3, 4])
 
 
 @pytest.fixture(scope="module")
@@ -241,17 +255,19 @@ def rotated(text, tmp_path_factory):
     teacher = save_checkpoint(root / "teacher", "olmo3")
     more = {"SECOND_MOMENTS": True, "SECOND_MOMENT_SAMPLES": 12}
     scores = analyse(teacher, text, root / "scores.pt", **more)
-    return teacher, cut(teacher, scores, root / "student", **KEEP_ALL | {"HIDDEN_SIZE": 30, "LAYERS_TO_DROP": [3, 4]})
+    return teacher, cut(
+        teacher, scores, root / "student", **KEEP_ALL | {"HIDDEN_SIZE": 30, "LAYERS_TO_DROP": [3, 4], "REFIT": None}
+    )
 
 
 def test_only_prunes_own_record_of_a_teacher_of_this_width_counts(rotated, pair, tmp_path):
-    assert losses.kept_channels(checkpoint_of(rotated[0]), checkpoint_of(rotated[1])).shape == (30, 48)
+    assert losses.what_was_kept(checkpoint_of(rotated[0]), checkpoint_of(rotated[1]))[0].shape == (30, 48)
     narrow = save_checkpoint(tmp_path / "narrow", "olmo3", **SMALL)
-    assert losses.kept_channels(checkpoint_of(narrow), checkpoint_of(rotated[1])) is None
-    assert losses.kept_channels(checkpoint_of(pair[0]), checkpoint_of(pair[1])) is None
+    assert losses.what_was_kept(checkpoint_of(narrow), checkpoint_of(rotated[1])) == (None, losses.LAYER)
+    assert losses.what_was_kept(checkpoint_of(pair[0]), checkpoint_of(pair[1])) == (None, losses.LAYER)
     student = shutil.copytree(pair[1], tmp_path / "student")
     (student / "pare.json").write_text('{"script": "distill.py"}')
-    assert losses.kept_channels(checkpoint_of(pair[0]), checkpoint_of(student)) is None
+    assert losses.what_was_kept(checkpoint_of(pair[0]), checkpoint_of(student)) == (None, losses.LAYER)
 
 
 def damage_directions(folder, record):
@@ -268,6 +284,13 @@ def with_hidden(hidden):
     return edit
 
 
+def with_layers(layers):
+    def edit(folder, record):
+        (folder / "pare.json").write_text(json.dumps(record | {"kept": record["kept"] | {"layers": layers}}))
+
+    return edit
+
+
 DAMAGE = {
     "not JSON": lambda folder, record: (folder / "pare.json").write_text('{"script": "prune'),
     "no record of what was kept": lambda folder, record: (folder / "pare.json").write_text('{"script": "prune.py"}'),
@@ -279,6 +302,10 @@ DAMAGE = {
     "one number": with_hidden(7),
     "nested": with_hidden([[i] for i in range(30)]),
     "negative": with_hidden([-1, *range(29)]),
+    "too few layers": with_layers([0, 1, 2]),
+    "layers that are none": with_layers(["0", 1, 2, 5, 6, 7]),
+    "layers out of order": with_layers([0, 2, 1, 5, 6, 7]),
+    "layers below the first": with_layers([-1, 1, 2, 5, 6, 7]),
 }
 
 
@@ -365,7 +392,7 @@ def test_the_teachers_width_kept_a_projection_starts_as_the_identity(dtype, pair
     teacher = load(pair[0]).to(settings.dtype)
     losses.add_projection(student, 48, settings)
     assert torch.equal(student.hidden_projection.weight, torch.eye(48))
-    settings.hidden = losses.HiddenLoss(None, 0.5)
+    settings.hidden = losses.HiddenLoss(None, weight=0.5)
     batches = distill.step_batches(Rows(4), 0, settings)
     distill.train_step(student, teacher, batches, Optimizer(student), 0, settings)
     assert settings.hidden.figures["hidden_loss"] < (1e-6 if dtype == "float32" else 1e-3)
