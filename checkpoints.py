@@ -170,15 +170,17 @@ def free_bytes(root: Path) -> int:
     return shutil.disk_usage(common.existing_parent(root)).free
 
 
-def check_room(root: Path, num_parameters: int, keep: int) -> None:
-    """Refuse a disk that is too small for the checkpoints, one more while it is written, and the exported model."""
+def check_room(root: Path, num_parameters: int, keep: int, more: int = 0) -> None:
+    """Refuse a disk that is too small for the checkpoints, one more while it is written, the exported model, and `more`
+    bytes of text that are still to be packed."""
     sizes = [file.stat().st_size for folder in checkpoints_in(root) if may_remove(folder) for file in folder.iterdir()]
-    needed = num_parameters * (BYTES_PER_PARAMETER * (keep + 1) + 2) - sum(sizes)
+    needed = num_parameters * (BYTES_PER_PARAMETER * (keep + 1) + 2) - sum(sizes) + more
     free = free_bytes(root)
     if needed > free:
         raise PareError(
             f"OUTPUT_DIR = {str(root.parent)!r} needs {needed / 1e9:.4g} GB for KEEP_CHECKPOINTS = {keep} and one more "
-            f"while it is written, and {free / 1e9:.4g} GB are free there. Make room, or choose another disk."
+            f"while it is written, the model{' and the packed text' * bool(more)}, and {free / 1e9:.4g} GB are free "
+            "there. Make room, or choose another disk."
         )
 
 

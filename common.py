@@ -971,6 +971,8 @@ def lock(path: Path, constant: str, rank: int = 0) -> Iterator[None]:
             raise PareError(
                 f"{constant} = {str(path)!r} is being written by another run; wait for it, or choose another."
             ) from None
+        except OSError as error:
+            print(f"{name.parent} has no locks ({first_line(error)}): nothing but you keeps another run from it")
         if name.exists() and os.path.samestat(os.fstat(file.fileno()), name.stat()):
             break
         file.close()  # another run removed this file when it ended; lock the new one

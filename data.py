@@ -6,13 +6,14 @@ Nothing here is a setting, and importing it does nothing. Shapes: B batch, T tok
 import functools
 import glob
 import hashlib
+import inspect
 import itertools
 import json
 import math
 import re
 import shutil
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -134,8 +135,10 @@ def open_source(source: TextSource, shuffle_seed: int | None = None) -> Iterator
     rows = splits[source.split]
     if shuffle_seed is not None:
         # In memory: a dataset saved to disk would get a cache file in its own folder.
-        streaming = not hasattr(rows, "__len__")
-        rows = rows.shuffle(seed=shuffle_seed, **({"buffer_size": 10_000} if streaming else {"keep_in_memory": True}))
+        options = {"keep_in_memory": True} if hasattr(rows, "__len__") else {"buffer_size": 10_000}
+        if "max_buffer_input_shards" in inspect.signature(rows.shuffle).parameters:
+            options["max_buffer_input_shards"] = 1  # each open parquet file takes gigabytes
+        rows = rows.shuffle(seed=shuffle_seed, **options)
     documents = read_column(rows, source)
     first = next(documents, None)
     if first is None:
@@ -271,6 +274,8 @@ def read_documents(
         raise PareError(f"{source.what} holds chats without any message of the role 'assistant': nothing to learn.")
 
 
+# Some templates write the day's date: rows packed another day would be others.
+FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -283,20 +288,25 @@ def tokenize_chats(chats: list[list[dict]], source: TextSource, tokenizer, model
     if not tokenizer.chat_template or not tokenizer.is_fast:
         lacks = "chat template" if not tokenizer.chat_template else "fast tokenizer"
         raise PareError(f"{source.what} holds chats, but {model} has no {lacks}. Give text, or a chat model's TEACHER.")
-    documents = []
+    documents, template = [], tokenizer.get_chat_template()
+    has_tags = GENERATION_TAG.search(template)
+    render = functools.partial(
+        tokenizer.apply_chat_template, chat_template=FIXED_DATE * ("strftime_now" in template) + template
+    )
     for i, chat in enumerate(chats):
         row = f"{source.what}, row {number + i + 1} as read"
         try:
-            whole = tokenizer.apply_chat_template(chat, tokenize=False)
+            whole = render(chat, tokenize=False)
         except (TemplateError, TypeError) as error:
             raise PareError(f"{row}: the chat template of {model} refuses it ({first_line(error)}).") from None
-        turns = assistant_turns(chat, whole, tokenizer)
-        if turns is not None:
+        turns = assistant_turns(chat, whole, tokenizer.eos_token, render)
+        found = [turn for turn in turns if turn]
+        if len(found) == len(turns) or (found and not has_tags):
             encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids = encoded["input_ids"]
-            wanted = [any(first <= start < end for first, end in turns) for start, _ in encoded["offset_mapping"]]
-        elif GENERATION_TAG.search(tokenizer.get_chat_template()):
-            encoded = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+            wanted = [any(first <= start < end for first, end in found) for start, _ in encoded["offset_mapping"]]
+        elif has_tags:
+            encoded = render(chat, return_dict=True, return_assistant_tokens_mask=True)
             ids, wanted = encoded["input_ids"], [mask == 1 for mask in encoded["assistant_masks"]]
         else:
             raise PareError(
@@ -309,27 +319,27 @@ def tokenize_chats(chats: list[list[dict]], source: TextSource, tokenizer, model
     return documents
 
 
-def assistant_turns(chat: list[dict], whole: str, tokenizer) -> list[tuple[int, int]] | None:
-    """(first, end) of the assistant's turns among the characters of `whole`, the rendered chat.
+def assistant_turns(chat: list[dict], whole: str, end_of_text: str, render: Callable) -> list[tuple[int, int] | None]:
+    """(first, end) of each of the assistant's turns among the characters of `whole`, the rendered chat.
 
     What the template writes before turn i and the prompt for it must begin what it writes up to turn i, and that must
-    begin the whole; between the two lies the turn. None where that does not hold: the template looks ahead.
+    begin the whole; between the two lies the turn. None for a turn where that does not hold: the template looks ahead,
+    as those do that drop an earlier turn's thoughts.
     """
     numbers = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
     if not numbers:
         return []
     try:
-        heads = tokenizer.apply_chat_template([chat[:i] for i in numbers], tokenize=False, add_generation_prompt=True)
-        upto = tokenizer.apply_chat_template([chat[: i + 1] for i in numbers], tokenize=False)
+        heads = render([chat[:i] for i in numbers], tokenize=False, add_generation_prompt=True)
+        upto = render([chat[: i + 1] for i in numbers], tokenize=False)
     except (TemplateError, TypeError):
-        return None
+        return [None] * len(numbers)
     turns = []
     for head, text in zip(heads, upto, strict=True):
         # Olmo 3 ends the last turn with the end-of-text token, the earlier ones with another in its place: it counts.
-        body = text if whole.startswith(text) else text.removesuffix(tokenizer.eos_token)
-        if not (body.startswith(head) and whole.startswith(body)):
-            return None
-        turns.append((len(head), len(body) + (body != text)))
+        body = text if whole.startswith(text) else text.removesuffix(end_of_text)
+        exact = body.startswith(head) and whole.startswith(body)
+        turns.append((len(head), len(body) + (body != text)) if exact else None)
     return turns
 
 
@@ -513,20 +523,29 @@ def write_part(path: Path, mixture: Iterator, sources: list[TextSource], num_row
             print(f"  {tokens / sum(given):.2%} from {source.name}")
 
 
-def prepare_data(folder: Path, teacher: common.Checkpoint, settings) -> tuple:
-    """Held-out and training rows as memory-mapped datasets, packed once and reused while nothing changed, and the
-    hashes of their files.
+PARTS = ("held_out", "train")
+
+
+def open_rows(folder: Path) -> list:
+    """Held-out and training rows, as prepare_data left them: memory-mapped datasets."""
+    import datasets
+
+    paths = [folder / f"{part}.arrow" for part in PARTS]
+    if not all(path.is_file() for path in paths):
+        raise PareError(f"OUTPUT_DIR: {folder} is not there; all machines must see the same OUTPUT_DIR.")
+    return [datasets.Dataset.from_file(str(path)).with_format("numpy") for path in paths]
+
+
+def prepare_data(folder: Path, teacher: common.Checkpoint, settings, begun: dict | None = None) -> dict[str, str]:
+    """Pack held-out and training rows into `folder`, once, and again when something has changed; returns the hashes of
+    the files. Files with the hashes `begun`, which a run began with, serve it whatever has changed since.
 
     The held-out part is the text of EVAL_DATASETS, or the first documents of DATASETS, which then are not trained on.
     """
-    import datasets
-
     tokenizer = common.load_tokenizer(teacher, "TEACHER")
     length, train, held_out = settings.sequence_length, settings.datasets, settings.eval_datasets
-    num_rows = {
-        "held_out": max(1, settings.eval_tokens // length),
-        "train": settings.num_steps * settings.rows_per_step,
-    }
+    counts = (max(1, settings.eval_tokens // length), settings.num_steps * settings.rows_per_step)
+    num_rows = dict(zip(PARTS, counts, strict=True))
     sources = [*train, *(held_out or [])]
     key = {
         "tokenizer": tokenizer_hash(tokenizer),
@@ -540,7 +559,12 @@ def prepare_data(folder: Path, teacher: common.Checkpoint, settings) -> tuple:
     record = folder / "pare.json"
     paths = {part: folder / f"{part}.arrow" for part in num_rows}
     there = record.is_file() and all(path.is_file() for path in paths.values())
-    if not there or json.loads(record.read_text())["key"] != key:
+    same = there and json.loads(record.read_text())["key"] == key
+    if there and begun and not same and hashes_of(paths) == begun:
+        print(f"the text, or what packs it, has changed since; the run goes on with its own rows in {folder}")
+        return begun
+    if not same:
+        shutil.rmtree(common.temporary_folder(folder), ignore_errors=True)  # of a killed run
         check_room(folder, sum(num_rows.values()), length, settings)
         mixture = open_mixture(train, tokenizer, settings.seed, teacher)
         first = (mixture, train) if held_out is None else (open_mixture(held_out, tokenizer, None, teacher), held_out)
@@ -548,8 +572,11 @@ def prepare_data(folder: Path, teacher: common.Checkpoint, settings) -> tuple:
             for part, text in {"held_out": first, "train": (mixture, train)}.items():
                 write_part(temporary / f"{part}.arrow", *text, num_rows[part], length, tokenizer.eos_token_id)
             common.write_json(temporary / "pare.json", {"script": "distill.py", "key": key})
-    rows = [datasets.Dataset.from_file(str(path)).with_format("numpy") for path in paths.values()]
-    return *rows, {part: common.hash_file(path) for part, path in paths.items()}
+    return hashes_of(paths)
+
+
+def hashes_of(paths: dict[str, Path]) -> dict[str, str]:
+    return {part: common.hash_file(path) for part, path in paths.items()}
 
 
 def row_indices(step: int, rows_per_step: int, num_rows: int, seed: int) -> list[int]:

@@ -477,7 +477,12 @@ def check_bad_steps(bad_steps: int, step: int, settings) -> None:
 
 def without_nan(metrics: dict) -> dict:
     """For JSON, which has no NaN: None in place of what is not finite."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    for key, value in metrics.items():
+        if isinstance(value, dict):
+            metrics = metrics | {key: without_nan(value)}
+        elif isinstance(value, float) and not math.isfinite(value):
+            metrics = metrics | {key: None}
+    return metrics
 
 
 def with_nan(metrics: dict) -> dict:
@@ -735,7 +740,6 @@ def check_output(output: Path) -> None:
 
 def open_output(output: Path, record: dict) -> Path | None:
     """Make OUTPUT_DIR ours and return the checkpoint to continue from, if the run in it is the same one."""
-    sweep(output / "checkpoints")
     latest = latest_checkpoint(output / "checkpoints")
     saved = read_json(output / "pare.json")
     if latest:
@@ -759,7 +763,7 @@ def finished_record(output: Path, teacher: common.Checkpoint, record: dict, sett
         return None
     check_same_run(saved, record)
     if (output / "data").is_dir():
-        check_same_text(saved, record | {"data": data.prepare_data(output / "data", teacher, settings)[2]})
+        check_same_text(saved, record | {"data": data.prepare_data(output / "data", teacher, settings, saved["data"])})
     files = {output / "model" / name: digest for name, digest in saved["sha256"].items()}
     whole = all(file.is_file() and common.hash_file(file) == digest for file, digest in files.items())
     return saved if whole else None
@@ -858,12 +862,12 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
     metrics_path = output / "metrics.jsonl"
     latest = common.from_rank_0(open_output(output, record) if rank == 0 else None)
     torch.manual_seed(settings.seed)
-    for turn in range(2):  # the process of rank 0 packs, the others find what it packed
-        if (rank > 0) == turn:
-            held_out, rows, record["data"] = data.prepare_data(output / "data", teacher_checkpoint, settings)
-        common.from_rank_0(None)
+    begun = read_json(latest / "pare.json") if latest else {}
+    packed = data.prepare_data(output / "data", teacher_checkpoint, settings, begun.get("data")) if rank == 0 else None
+    record["data"] = common.from_rank_0(packed)
+    held_out, rows = data.open_rows(output / "data")
     if latest:
-        check_same_text(read_json(latest / "pare.json"), record)
+        check_same_text(begun, record)
     settings.end_of_text = common.load_tokenizer(teacher_checkpoint, "TEACHER").eos_token_id
     with enough_memory(settings, latest is not None):
         before = unquantized_states(teacher_checkpoint, held_out, settings) if settings.quantization else None
@@ -925,8 +929,11 @@ def main() -> Path:
             if finished:
                 print(f"{output}/model is finished already, and whole.")
             else:
-                shapes = {name: info.shape for name, info in common.tensor_infos(student, "STUDENT").items()}
-                check_room(settings.checkpoints, common.count_parameters(shapes)[0], KEEP_CHECKPOINTS)
+                if rank == 0:
+                    sweep(settings.checkpoints)
+                    shapes = {name: info.shape for name, info in common.tensor_infos(student, "STUDENT").items()}
+                    to_pack = 0 if (output / "data").is_dir() else preflight.text_bytes(settings)
+                    check_room(settings.checkpoints, common.count_parameters(shapes)[0], KEEP_CHECKPOINTS, to_pack)
                 settings.expected_bytes = preflight.print_preflight(teacher, student, settings, world)
                 finished = run(output, teacher, student, record, settings)
         print_results(with_nan(finished["before"]), with_nan(finished["after"]))

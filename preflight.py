@@ -196,13 +196,17 @@ def what_fits(teacher, student, settings, world: int, free: int) -> str | None:
 
 def disk_parts(num_parameters: int, settings) -> dict[str, int]:
     """Bytes that a run writes at most, by part."""
-    rows = settings.num_steps * settings.rows_per_step + max(1, settings.eval_tokens // settings.sequence_length)
     number = settings.keep_checkpoints + 1
     return {
         f"{number} checkpoints, one being written": number * checkpoints.BYTES_PER_PARAMETER * num_parameters,
         "the model in bfloat16": 2 * num_parameters,
-        "the packed text": math.ceil(rows * settings.sequence_length * data.BYTES_PER_TOKEN),
+        "the packed text": text_bytes(settings),
     }
+
+
+def text_bytes(settings) -> int:
+    rows = settings.num_steps * settings.rows_per_step + max(1, settings.eval_tokens // settings.sequence_length)
+    return math.ceil(rows * settings.sequence_length * data.BYTES_PER_TOKEN)
 
 
 def verdict(teacher, student, settings, world: int, needed: int, free: int, continued: bool = False) -> str:

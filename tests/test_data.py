@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -216,6 +217,38 @@ def test_what_the_assistant_wrote_is_wanted_and_nothing_else(template, turns, en
     assert wanted_text(document, tokenizer) == turns
 
 
+def test_of_a_chat_whose_earlier_turns_are_rewritten_the_last_turn_is_wanted():
+    (document,) = read_chats([CHAT], FORGETFUL)
+    assert wanted_text(document, chat_tokenizer(None)) == ["None met.<|end|>\n"]
+
+
+def test_a_template_that_writes_the_date_writes_the_same_every_day():
+    (document,) = read_chats([CHAT], "Today is {{ strftime_now('%d %b %Y') }}." + TURNS + PROMPT)
+    tokenizer = chat_tokenizer(None)
+    assert tokenizer.decode(document.ids).startswith("Today is 26 Jul 2024.<|system|>")
+    assert wanted_text(document, tokenizer) == ["THOUGHT Yes, dogs.<|end|>\n", "None met.<|end|>\n"]
+
+
+def test_of_many_files_one_is_open_at_a_time_for_shuffling(monkeypatch):
+    seen = []
+
+    class Stream:
+        def shuffle(self, seed, buffer_size, max_buffer_input_shards=10):
+            seen.append((seed, max_buffer_input_shards))
+            return iter([{"text": "Dogs met."}])
+
+    class Old(Stream):
+        def shuffle(self, seed, buffer_size):
+            seen.append((seed, None))
+            return iter([{"text": "Dogs met."}])
+
+    for kind in (Stream, Old):
+        stream = kind()
+        monkeypatch.setattr(data, "open_splits", lambda source, stream=stream: {"train": stream})
+        assert list(data.open_source(data.TextSource("org/data"), shuffle_seed=7)) == ["Dogs met."]
+    assert seen == [(7, 1), (7, None)]
+
+
 def test_only_texts_get_the_special_tokens_that_the_tokenizer_adds():
     from tokenizers.processors import TemplateProcessing
 
@@ -253,8 +286,6 @@ def test_chats_without_an_answer_are_passed_over_and_a_source_of_them_is_refused
 def test_chats_that_the_teacher_cannot_read():
     with pytest.raises(PareError, match=r"DATASETS: 'chats.jsonl' .*TEACHER = 'x' has no chat template"):
         read_chats([CHAT], None)
-    with pytest.raises(PareError, match=r"'chats.jsonl', row 2 .*TEACHER = 'x' rewrites earlier turns.*generation"):
-        read_chats([CHAT[:3], CHAT], FORGETFUL)
     thinking = PROMPT.replace("\n", "\nTHOUGHT ")  # the prompt for an answer holds more than what stands before one
     with pytest.raises(PareError, match=r"'chats.jsonl', row 1 .*TEACHER = 'x' rewrites earlier turns.*generation"):
         read_chats([[{"role": "user", "content": "Dogs?"}, *CHAT[4:]]], TURNS + thinking)
@@ -307,7 +338,7 @@ def sources(tmp_path) -> dict[str, str]:
     return {name: str(tmp_path / f"{name}.jsonl") for name in rows}
 
 
-def prepare(teacher, output, train, held_out=None, **more):
+def prepare(teacher, output, train, held_out=None, begun=None, **more):
     settings = {
         "datasets": data.read_sources(train, "DATASETS"),
         "eval_datasets": held_out and data.read_sources(held_out, "EVAL_DATASETS"),
@@ -319,7 +350,8 @@ def prepare(teacher, output, train, held_out=None, **more):
         "seed": 0,
         "output_dir": str(output),
     }
-    return data.prepare_data(Path(output) / "data", teacher, SimpleNamespace(**settings | more))
+    hashes = data.prepare_data(Path(output) / "data", teacher, SimpleNamespace(**settings | more), begun)
+    return *data.open_rows(Path(output) / "data"), hashes
 
 
 def names_in(rows, tokenizer) -> set[str]:
@@ -328,6 +360,28 @@ def names_in(rows, tokenizer) -> set[str]:
 
     text = " ".join(tokenizer.decode(row) for row in rows["input_ids"])
     return set(re.findall(r"(?:Document|Paper|Number) \d+(?=[.?])", text))
+
+
+def test_a_run_keeps_its_rows_whatever_becomes_of_the_text(teacher, sources, tmp_path, monkeypatch, capsys):
+    """Touched, changed or gone; without them, or for another run, they are packed anew."""
+    held_out, _, begun = prepare(teacher, tmp_path, sources["documents"])
+    text = Path(sources["documents"]).read_text()
+    for change in (lambda path: os.utime(path, (1, 1)), lambda path: path.write_text(text[:-200]), os.remove):
+        change(Path(sources["documents"]))
+        capsys.readouterr()
+        again = prepare(teacher, tmp_path, sources["documents"], begun=begun)
+        assert again[2] == begun
+        assert (again[0][:]["input_ids"] == held_out[:]["input_ids"]).all()
+        assert "has changed since; the run goes on with its own rows" in capsys.readouterr().out
+    with pytest.raises(PareError, match="does not exist"):
+        prepare(teacher, tmp_path, sources["documents"])
+    Path(sources["documents"]).write_text(text[text.index("\n") + 1 :])
+    assert prepare(teacher, tmp_path, sources["documents"])[2] != begun
+
+
+def test_rows_that_another_machine_cannot_see(tmp_path):
+    with pytest.raises(PareError, match=r"OUTPUT_DIR: .*all machines must see the same"):
+        data.open_rows(tmp_path / "data")
 
 
 @pytest.mark.parametrize("read_ahead", [1, 7, 64])

@@ -3,6 +3,8 @@ weights, optimizer and losses of the undisturbed run, bit for bit."""
 
 import contextlib
 import copy
+import errno
+import fcntl
 import json
 import os
 import pty
@@ -337,6 +339,19 @@ def test_a_kill_beside_the_rename_of_a_save_costs_no_bit(when, begin, end, strai
 # The disk
 
 
+def test_debris_is_swept_before_room_is_looked_for(unfinished, run, monkeypatch):
+    shutil.rmtree(unfinished / "checkpoints" / LAST)
+    debris = unfinished / "checkpoints" / ".step-00000008.tmp"
+    debris.mkdir()
+    seen = []
+    monkeypatch.setattr(distill, "check_room", lambda *args: seen.append((debris.exists(), args[-1])))
+    run()
+    shutil.rmtree(unfinished)
+    run(TRAIN_TOKENS=128)
+    assert seen[0] == (False, 0)
+    assert seen[1] == (False, 8 * 32 * (4 + 4 + 1 / 8))  # to be packed: four rows, and four held out
+
+
 @contextlib.contextmanager
 def no_file_beyond(num_bytes: int):
     """What a full disk or a quota does; Python ignores the signal that comes with it."""
@@ -548,6 +563,15 @@ def test_a_second_run_in_the_folder_is_refused(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_disk_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with common.lock(tmp_path / "out", "OUTPUT_DIR"):
+        contains(capsys.readouterr().out, str(tmp_path), "has no locks", "No locks available")
+
+
 def test_output_inside_or_around_a_model(run, pair, tmp_path):
     around = tmp_path / "around"
     shutil.copytree(pair[1], around / "student")
@@ -617,6 +641,15 @@ def test_bad_steps_are_skipped_and_counted(alone, run, poison, tmp_path):
     state = load_file(tmp_path / "out" / "checkpoints" / LAST / "optimizer.safetensors")
     assert {value.item() for name, value in state.items() if name.endswith(".step")} == {NUM_STEPS - 3}
     assert json.loads((tmp_path / "out" / "model" / "pare.json").read_text())["after"]["held_out_kl"] > 0
+
+
+def test_a_figure_that_is_not_finite_within_another_is_null():
+    nan = float("nan")
+    assert distill.without_nan({"a": nan, "b": {"0": nan, "16": 2.0, "64": None}, "c": [1]}) == {
+        "a": None,
+        "b": {"0": None, "16": 2.0, "64": None},
+        "c": [1],
+    }
 
 
 def test_too_many_bad_steps_in_a_row_stop_also_over_a_resumption(run, poison, at_step, tmp_path, monkeypatch):
