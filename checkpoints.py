@@ -180,7 +180,7 @@ def check_room(root: Path, num_parameters: int, keep: int, more: int = 0) -> Non
         raise PareError(
             f"OUTPUT_DIR = {str(root.parent)!r} needs {needed / 1e9:.4g} GB for KEEP_CHECKPOINTS = {keep} and one more "
             f"while it is written, the model{' and the packed text' * bool(more)}, and {free / 1e9:.4g} GB are free "
-            "there. Make room, or choose another disk."
+            f"there. Make room, or choose another disk{' or fewer TRAIN_TOKENS' * bool(more)}."
         )
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shutil
+import time
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,7 @@ from common import PareError, first_line, user_path
 
 TEXT_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 OPEN_ROWS = 256  # rows that wait for a piece that fits
+WAITS = (10, 30, 100, 300)  # seconds, where the Hub cannot be read
 READ_AHEAD = 64  # documents of a source: a fast tokenizer works on them in parallel
 BYTES_PER_TOKEN = 4 + 4 + 1 / 8  # of a packed row: its token, its position, and whether the next one counts
 SPARE_BYTES = 2**26  # what packing leaves free on the disk
@@ -139,12 +141,31 @@ def open_source(source: TextSource, shuffle_seed: int | None = None) -> Iterator
         if "max_buffer_input_shards" in inspect.signature(rows.shuffle).parameters:
             options["max_buffer_input_shards"] = 1  # each open parquet file takes gigabytes
         rows = rows.shuffle(seed=shuffle_seed, **options)
-    documents = read_column(rows, source)
+    is_local = user_path(source.constant, source.name).exists()
+    documents = read_column(rows if is_local else patiently(rows, source), source)
     first = next(documents, None)
     if first is None:
         raise PareError(f"{source.what} is empty.")
 
     return itertools.chain([first], documents)
+
+
+def patiently(rows: Iterable[dict], source: TextSource) -> Iterator[dict]:
+    """The rows of a source on the Hub. Where the network fails for longer than its client tries again, they are read
+    anew after a while, up to where they were: their order is the same."""
+    number = failures = 0
+    while True:
+        try:
+            for row in itertools.islice(iter(rows), number, None):
+                number, failures = number + 1, 0
+                yield row
+            return
+        except (OSError, HTTPError) as error:
+            if failures == len(WAITS):
+                raise
+            print(f"{source.what}: {first_line(error)}; trying again in {WAITS[failures]} seconds", flush=True)
+            time.sleep(WAITS[failures])
+            failures += 1
 
 
 def read_column(rows: Iterable[dict], source: TextSource) -> Iterator[str | list[dict]]:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,6 +248,39 @@ def test_of_many_files_one_is_open_at_a_time_for_shuffling(monkeypatch):
         monkeypatch.setattr(data, "open_splits", lambda source, stream=stream: {"train": stream})
         assert list(data.open_source(data.TextSource("org/data"), shuffle_seed=7)) == ["Dogs met."]
     assert seen == [(7, 1), (7, None)]
+
+
+class Unsteady:
+    """Ten rows; reading ends in an error after 3, 3 and 7 of them, as often as it is told."""
+
+    def __init__(self, errors):
+        self.errors = list(errors)
+
+    def __iter__(self):
+        end, error = self.errors.pop(0) if self.errors else (10, None)
+        yield from ({"text": f"Document {i}."} for i in range(end))
+        if error:
+            raise error
+
+
+def test_a_network_that_fails_for_a_while_costs_no_row(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    errors = [(3, ConnectionError("gone")), (3, TimeoutError("still gone")), (7, OSError("502"))]
+    monkeypatch.setattr(data, "open_splits", lambda source: {"train": Unsteady(errors)})
+    read = list(data.open_source(data.TextSource("org/data")))
+    assert read == [f"Document {i}." for i in range(10)]
+    assert slept == [10, 30, 10]
+    assert "DATASETS: 'org/data': still gone; trying again in 30 seconds" in capsys.readouterr().out
+
+
+def test_a_network_that_is_gone_for_good_is_one_message(monkeypatch):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(data, "open_splits", lambda source: {"train": Unsteady([(3, OSError("gone"))] * 9)})
+    with pytest.raises(PareError, match=r"DATASETS: 'org/data' cannot be read: gone"):
+        list(data.open_source(data.TextSource("org/data")))
+    assert slept == list(data.WAITS)
 
 
 def test_only_texts_get_the_special_tokens_that_the_tokenizer_adds():
