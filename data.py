@@ -259,6 +259,7 @@ class Document(NamedTuple):
 
     ids: np.ndarray  # (T,) int32
     wanted: np.ndarray  # (T,) bool: True where the token is to be predicted
+    begins: bool = False  # with the beginning-of-text token, which some models need at the start of each piece
 
 
 def check_ids(ids: list[int], vocab_size: int, what: str) -> None:
@@ -290,7 +291,8 @@ def read_documents(
             check_ids(ids, vocab_size, f"{source.what}, row {number} as read,")
             if any(wanted):
                 found = True
-                yield Document(np.array(ids, np.int32), np.array(wanted, bool))
+                begins = ids[0] == tokenizer.bos_token_id
+                yield Document(np.array(ids, np.int32), np.array(wanted, bool), begins)
     if not found:
         raise PareError(f"{source.what} holds chats without any message of the role 'assistant': nothing to learn.")
 
@@ -388,29 +390,34 @@ def pack_rows(documents: Iterable[str], tokenizer, length: int, vocab_size: int)
     """Documents, each ended with the end-of-text token, joined and cut into full rows of `length` tokens.
 
     Yields (input_ids, position_ids), both of `length` whole numbers. Positions restart at every document, and at the
-    start of a row, where what went before is out of sight. The unfinished last row is dropped.
+    start of a row, where what went before is out of sight, and where a beginning-of-text token stands if the tokenizer
+    puts one before documents. The unfinished last row is dropped.
     """
     documents, ids, positions, number = iter(documents), [], [], 0
     while batch := list(itertools.islice(documents, READ_AHEAD)):
         for new in tokenize_texts(batch, tokenizer):
             number += 1
             check_ids(new, vocab_size, f"DATASET: document {number}")
-            taken = 0
-            while len(ids) + len(new) - taken >= length:
-                piece = new[taken : taken + length - len(ids)]
+            begin = new[:1] if new[0] == tokenizer.bos_token_id else []
+            while len(ids) + len(new) >= length:
+                piece, rest = new[: length - len(ids)], new[length - len(ids) :]
                 yield ids + piece, positions + list(range(len(piece)))
-                taken += len(piece)
+                new = begin + rest if rest else []
                 ids, positions = [], []
-            ids += new[taken:]
-            positions += range(len(new) - taken)
+            ids += new
+            positions += range(len(new))
 
 
 def cut(document: Document, length: int) -> Iterator[Document]:
-    """The document in pieces of at most `length` tokens, without those in which nothing is to be predicted."""
-    for start in range(0, len(document.ids), length):
-        piece = Document(document.ids[start : start + length], document.wanted[start : start + length])
-        if piece.wanted[1:].any():
-            yield piece
+    """The document in pieces of at most `length` tokens, without those in which nothing is to be predicted. Each has
+    the beginning-of-text token if the document has it; the token after one that was put there is not predicted."""
+    for start in (0, *range(length, len(document.ids), length - document.begins)):
+        repeats = document.begins and start > 0
+        ids, wanted = (part[start : start + length - repeats] for part in document[:2])
+        if repeats:
+            ids, wanted = np.concatenate([document.ids[:1], ids]), np.concatenate([[False, False], wanted[1:]])
+        if wanted[1:].any():
+            yield Document(ids, wanted, document.begins)
 
 
 def best_fit(documents: Iterable[Document], length: int, num_rows: int, open_rows: int) -> Iterator[list[Document]]:

@@ -294,6 +294,31 @@ def test_only_texts_get_the_special_tokens_that_the_tokenizer_adds():
     assert begin not in chat.ids
 
 
+def test_each_piece_of_a_document_has_the_beginning_that_the_tokenizer_gives_it():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = chat_tokenizer(None)
+    tokenizer.bos_token = "<|tool|>"
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|tool|> $A", special_tokens=[("<|tool|>", begin)])
+    text, length = " ".join(f"Dogs met {i} cats." for i in range(40)), 16
+    whole = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+    assert whole[0] == begin
+    assert len(whole) > 4 * length
+    (document,) = data.read_documents(iter([text]), SOURCE, tokenizer, 1000, "")
+    pieces = list(data.cut(document, length))
+    assert all(piece.ids[0] == begin for piece in pieces)
+    assert [len(piece.ids) for piece in pieces[:-1]] == [length] * (len(pieces) - 1)
+    assert [token for piece in pieces for token in piece.ids[1:]] == whole[1 : 1 + sum(len(p.ids) - 1 for p in pieces)]
+    assert len(whole) - sum(len(piece.ids) - 1 for piece in pieces) <= 2  # but a last token that nothing predicts
+    assert [piece.wanted.tolist() for piece in pieces[:2]] == [[True] * length, [False] * 2 + [True] * (length - 2)]
+    rows = list(data.pack_rows([text, text], tokenizer, length, 1000))
+    assert all(ids[0] == begin for ids, _ in rows)
+    assert all(positions[0] == 0 and len(ids) == len(positions) == length for ids, positions in rows)
+    joined = [token for ids, _ in rows for token in ids[1:] if token != begin]
+    assert joined == [token for token in (whole + whole) if token != begin][: len(joined)]
+
+
 def test_a_token_across_the_border_of_a_turn_belongs_to_where_it_begins():
     """` met` is one token, and the assistant's turn begins inside it."""
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
