@@ -150,6 +150,22 @@ def open_source(source: TextSource, shuffle_seed: int | None = None) -> Iterator
     return itertools.chain([first], documents)
 
 
+class BadRows:
+    """Rows of a source that are of no use: the first is named and passed over, and up to one in a hundred after it;
+    more, or one before any good row, is a mistake in the choice of the source."""
+
+    def __init__(self):
+        self.count = 0
+
+    def add(self, number: int, good: int, error: PareError) -> None:
+        """Row `number` after `good` good ones."""
+        self.count += 1
+        if not good or self.count > 1 + number / 100:
+            raise error
+        if self.count == 1:
+            print(f"row {number} as read is passed over, and others like it: {error}", flush=True)
+
+
 def patiently(rows: Iterable[dict], source: TextSource) -> Iterator[dict]:
     """The rows of a source on the Hub. Where the network fails for longer than its client tries again, they are read
     anew after a while, up to where they were: their order is the same."""
@@ -172,9 +188,9 @@ def read_column(rows: Iterable[dict], source: TextSource) -> Iterator[str | list
     """The documents, all of the first one's kind; those that are empty are passed over."""
     from datasets.exceptions import DatasetsError
 
-    is_kind = None
+    is_kind, bad, good = None, BadRows(), 0
     try:
-        for row in rows:
+        for number, row in enumerate(rows, 1):
             if source.column is None:
                 source = replace(source, column="messages" if "messages" in row else "text")
             if source.column not in row:
@@ -183,9 +199,10 @@ def read_column(rows: Iterable[dict], source: TextSource) -> Iterator[str | list
             if is_kind is None:  # importance_analysis.py scores text only
                 is_kind = is_chat if isinstance(document, list) and source.constant != "DATASET" else is_text
             if not is_kind(document):
-                found = type(document).__name__
-                raise PareError(f"{source.setting('column')} holds {found}, not {NAMES_OF_KINDS[is_kind]}.")
-            if document:
+                what = f"{source.setting('column')} holds {type(document).__name__}, not {NAMES_OF_KINDS[is_kind]}."
+                bad.add(number, good, PareError(what))
+            elif document:
+                good += 1
                 yield document
     except PareError:
         raise
@@ -280,14 +297,18 @@ def read_documents(
     rows: Iterator[str | list[dict]], source: TextSource, tokenizer, vocab_size: int, model: str
 ) -> Iterator[Document]:
     """A source's rows as tokens. Of a text every token is wanted, of a chat those that the assistant wrote."""
-    number, found = 0, False
+    number, found, bad = 0, False, BadRows()
     while batch := list(itertools.islice(rows, READ_AHEAD)):
         if isinstance(batch[0], str):
             documents = [(ids, [True] * len(ids)) for ids in tokenize_texts(batch, tokenizer)]
         else:
-            documents = tokenize_chats(batch, source, tokenizer, model, number)
-        for ids, wanted in documents:
+            documents = tokenize_chats(batch, source, tokenizer, model)
+        for document in documents:
             number += 1
+            if isinstance(document, PareError):
+                bad.add(number, number - 1 - bad.count, document)
+                continue
+            ids, wanted = document
             check_ids(ids, vocab_size, f"{source.what}, row {number} as read,")
             if any(wanted):
                 found = True
@@ -302,8 +323,9 @@ FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
-def tokenize_chats(chats: list[list[dict]], source: TextSource, tokenizer, model: str, number: int) -> list[tuple]:
-    """Token ids of chats in the tokenizer's chat template, and for each token whether the assistant wrote it.
+def tokenize_chats(chats: list[list[dict]], source: TextSource, tokenizer, model: str) -> list[tuple | PareError]:
+    """Token ids of chats in the tokenizer's chat template, and for each token whether the assistant wrote it; or what
+    is wrong with a chat.
 
     The template brings the special tokens; only a missing end-of-text token is added at the end, and is not wanted:
     nobody's turn holds it. Turns are found by `assistant_turns`, or else by the template's {% generation %} tags.
@@ -316,12 +338,13 @@ def tokenize_chats(chats: list[list[dict]], source: TextSource, tokenizer, model
     render = functools.partial(
         tokenizer.apply_chat_template, chat_template=FIXED_DATE * ("strftime_now" in template) + template
     )
-    for i, chat in enumerate(chats):
-        row = f"{source.what}, row {number + i + 1} as read"
+    for chat in chats:
         try:
             whole = render(chat, tokenize=False)
         except (TemplateError, TypeError) as error:
-            raise PareError(f"{row}: the chat template of {model} refuses it ({first_line(error)}).") from None
+            what = f"{source.what}: the chat template of {model} refuses a chat ({first_line(error)})."
+            documents.append(PareError(what))
+            continue
         turns = assistant_turns(chat, whole, tokenizer.eos_token, render)
         found = [turn for turn in turns if turn]
         if len(found) == len(turns) or (found and not has_tags):
@@ -332,10 +355,13 @@ def tokenize_chats(chats: list[list[dict]], source: TextSource, tokenizer, model
             encoded = render(chat, return_dict=True, return_assistant_tokens_mask=True)
             ids, wanted = encoded["input_ids"], [mask == 1 for mask in encoded["assistant_masks"]]
         else:
-            raise PareError(
-                f"{row}: the chat template of {model} rewrites earlier turns and has no {{% generation %}} tags, so "
-                "what the assistant wrote cannot be told.\nGive text, chats of one turn, or a template with the tags."
+            what = (
+                f"{source.what}: the chat template of {model} rewrites earlier turns and has no {{% generation %}} "
+                "tags, so what the assistant wrote cannot be told.\n"
+                "Give text, chats of one turn, or a template with the tags."
             )
+            documents.append(PareError(what))
+            continue
         if not ids or ids[-1] != tokenizer.eos_token_id:
             ids, wanted = [*ids, tokenizer.eos_token_id], [*wanted, False]
         documents.append((ids, wanted))

@@ -499,7 +499,8 @@ FILES = {  # what a user may give as a source, and what is in it
     "image.png": "PNG",
     "other.jsonl": '{"title": "a", "body": "b"}\n',
     "pairs.jsonl": '{"messages": [["user", "Hi"]]}\n',
-    "mixed.jsonl": '{"messages": [{"role": "user", "content": "Hi"}]}\n{"messages": []}\n{"messages": null}\n',
+    "mixed.jsonl": '{"messages": [{"role": "user", "content": "Hi"}]}\n{"messages": []}\n'
+    '{"messages": null}\n{"messages": null}\n',
     "good.jsonl": '{"text": "a few words"}\n',
     "latin.jsonl": '{"text": "café"}\n',
 }

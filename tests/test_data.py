@@ -346,12 +346,29 @@ def test_chats_that_the_teacher_cannot_read():
     with pytest.raises(PareError, match=r"DATASETS: 'chats.jsonl' .*TEACHER = 'x' has no chat template"):
         read_chats([CHAT], None)
     thinking = PROMPT.replace("\n", "\nTHOUGHT ")  # the prompt for an answer holds more than what stands before one
-    with pytest.raises(PareError, match=r"'chats.jsonl', row 1 .*TEACHER = 'x' rewrites earlier turns.*generation"):
+    with pytest.raises(PareError, match=r"'chats.jsonl': .*TEACHER = 'x' rewrites earlier turns.*generation"):
         read_chats([[{"role": "user", "content": "Dogs?"}, *CHAT[4:]]], TURNS + thinking)
-    with pytest.raises(PareError, match=r"'chats.jsonl', row 1 .*TEACHER = 'x' refuses it \(no system"):
+    with pytest.raises(PareError, match=r"'chats.jsonl': .*TEACHER = 'x' refuses a chat \(no system"):
         read_chats([CHAT], "{{ raise_exception('no system') }}")
-    with pytest.raises(PareError, match=r"'chats.jsonl', row 2 .*TEACHER = 'x' refuses it"):
-        read_chats([CHAT, [{"role": "assistant", "content": None}]], TURNS.replace("m.content", "'' + m.content"))
+
+
+@pytest.mark.parametrize(("good", "bad"), [(0, 1), (1, 1), (1, 2), (150, 2), (150, 3)])
+def test_one_bad_row_in_a_hundred_is_passed_over(good, bad, monkeypatch, capsys):
+    """Texts that are none, and chats that the template refuses; the first is named, too many are refused."""
+    template, none = TURNS.replace("m.content", "'' + m.content"), [{"role": "assistant", "content": None}]
+    texts = [*["Dogs met."] * good, *[None] * bad]
+    monkeypatch.setattr(data, "open_splits", lambda source: {"train": [{"text": text} for text in texts]})
+    for read, rows, message in (
+        (lambda rows: list(data.open_source(SOURCE)), texts, "holds NoneType, not"),
+        (lambda rows: read_chats(rows, template), [*[CHAT] * good, *[none] * bad], "refuses a chat"),
+    ):
+        if not good or bad > 1 + (good + bad) / 100:
+            with pytest.raises(PareError, match=message):
+                read(rows)
+        else:
+            assert len(read(rows)) == good
+            assert f"row {good + 1} as read is passed over" in (said := capsys.readouterr().out)
+            assert message in said
 
 
 def test_a_token_outside_the_vocabulary_is_named_with_its_row_and_source(monkeypatch):
