@@ -310,13 +310,21 @@ def test_a_run_with_other_constants_is_not_continued(finished, pair, text, tmp_p
     assert checkpoints[0] == checkpoints[1]
 
 
-def test_a_run_whose_text_changed_is_not_continued(finished, pair, tmp_path, text):
+def test_a_run_whose_text_changed_goes_on_with_its_own_rows_or_not_at_all(pair, tmp_path, text, capsys):
     changed = tmp_path / "changed.jsonl"
     changed.write_bytes(Path(text).read_bytes())
     output = tmp_path / "run"
     distilled(pair, str(changed), output, TRAIN_TOKENS=4 * 128)
+    weights = (output / "model" / "model.safetensors").read_bytes()
     changed.write_text(changed.read_text().replace("cats", "cows"))
-    with pytest.raises(PareError, match="DATASETS"):
+    shutil.rmtree(output / "model")
+    shutil.rmtree(output / "checkpoints" / "step-00000004")
+    distilled(pair, str(changed), output, TRAIN_TOKENS=4 * 128)
+    assert "the run goes on with its own rows" in capsys.readouterr().out
+    assert (output / "model" / "model.safetensors").read_bytes() == weights
+    shutil.rmtree(output / "model")
+    shutil.rmtree(output / "data")
+    with pytest.raises(PareError, match=r"DATASETS = .*not the text that OUTPUT_DIR was started with"):
         distilled(pair, str(changed), output, TRAIN_TOKENS=4 * 128)
 
 

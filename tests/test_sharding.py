@@ -190,8 +190,9 @@ def test_hidden_states_are_compared_in_several_processes(pairs, text, launch, tm
     teacher, _ = pairs["untied"]
     constants = {"TRAIN_TOKENS": 3 * 128, "HIDDEN_LOSS": True, "EVAL_TOKENS": 64}
     student = tmp_path / "student"
-    save_checkpoint(student, "olmo3", 2, hidden_size=32, num_attention_heads=4, num_key_value_heads=4)
-    record = {"script": "prune.py", "kept": {"hidden": list(range(0, 32))}}
+    smaller = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 301}
+    save_checkpoint(student, "olmo3", 2, **smaller)
+    record = {"script": "prune.py", "kept": {"hidden": list(range(0, 32)), "layers": list(range(8))}}
     (student / "pare.json").write_text(json.dumps(record))
     one, two = (run_constants((teacher, student), text, tmp_path / name, **constants) for name in ("one", "two"))
     alone(one)
