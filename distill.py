@@ -477,12 +477,13 @@ def check_bad_steps(bad_steps: int, step: int, settings) -> None:
 
 def without_nan(metrics: dict) -> dict:
     """For JSON, which has no NaN: None in place of what is not finite."""
-    for key, value in metrics.items():
+
+    def cleaned(value):
         if isinstance(value, dict):
-            metrics = metrics | {key: without_nan(value)}
-        elif isinstance(value, float) and not math.isfinite(value):
-            metrics = metrics | {key: None}
-    return metrics
+            return {key: cleaned(x) for key, x in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return cleaned(metrics)
 
 
 def with_nan(metrics: dict) -> dict:
