@@ -5,8 +5,8 @@
 On the bundled teacher and the demo's text, with students of the demo's size: about half of the parameters outside the
 embeddings. Prints the tables that are kept in recovery.md and draws recovery.png beside it. `full` (the default) is the
 benchmark: each way to start up to 0.8 tokens per student parameter, three learning rates on one seed, then three seeds
-at the best of them; losses and half of the layers up to 0.2, three seeds, at the best rate of their way to start. It
-takes hours on two cores. `part` is forward KL alone for the three ways to start, one seed, up to 0.2, at each rate.
+at the best of them; losses and half of the layers up to 0.2, three seeds, all at the demo's rate. It takes hours on two
+cores. `part` is forward KL alone for the three ways to start, one seed, up to 0.2, at each rate.
 `quick` only tries the script out: 0.1, one seed, one rate. Their pictures stay in FOLDER.
 
 A seed draws the calibration rows, the random student and the order of training rows. Ways to start: `random`; `plain`,
@@ -59,7 +59,7 @@ STARTS = {  # a seed's student -> constants of prune.py; "random" has the shape 
     "plain, half of the layers": HALF_OF_LAYERS | PLAIN,
     "default, half of the layers": HALF_OF_LAYERS,
 }
-WAYS = ("random", "plain", "default")  # to start; each has its best rate
+WAYS = ("random", "plain", "default")  # to start; each has its best rate, any other row the demo's
 FULL, QUARTER = 1, 0.25  # of a mode's tokens
 RUNS = {  # row -> student, LOSS, HIDDEN_LOSS, share of the tokens
     "random initialisation": ("random", "forward_kl", False, FULL),
@@ -282,7 +282,7 @@ def print_runs(mode: Mode, found: dict[str, list[dict]], rates: dict) -> None:
         cells = [spread_text([kl_at(result, point) for result in seeds]) for point in within]
         cells += [""] * (1 + len(points) - len(within))
         loss = spread_text([result["loss"] for result in seeds], 2)
-        rate = rates[RUNS[row][0].split(",")[0]]
+        rate = job_of(row, mode, rates, 0).rate
         rows.append([row, f"{seeds[0]['parameters'] / 1e6:.2f}M", f"{rate:g}", *cells, loss])
     points = [f"{point:g}" for point in (0, *points)]
     print_markdown(["KL after tokens per parameter", "parameters", "rate", *points, "loss at the end"], rows)
@@ -363,7 +363,9 @@ def print_all(name: str, mode: Mode, rates: dict, results: Results) -> None:
 
 
 def job_of(row: str, mode: Mode, rates: dict, seed: int) -> Job:
-    return Job(row, rates[RUNS[row][0].split(",")[0]], seed, mode.budget * RUNS[row][3])
+    start, _, _, share = RUNS[row]
+    rate = rates[start] if row in FIRST else demo.DISTILLATION["LEARNING_RATE"]
+    return Job(row, rate, seed, mode.budget * share)
 
 
 def main(name: str, folder: Path) -> None:
