@@ -29,6 +29,7 @@ import common
 from common import PareError, first_line, user_path
 
 TEXT_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+PARTS = ("held_out", "train")  # of the text, a file of packed rows each
 OPEN_ROWS = 256  # rows that wait for a piece that fits
 WAITS = (10, 30, 100, 300)  # seconds, where the Hub cannot be read
 READ_AHEAD = 64  # documents of a source: a fast tokenizer works on them in parallel
@@ -575,9 +576,6 @@ def write_part(path: Path, mixture: Iterator, sources: list[TextSource], num_row
     if len(sources) > 1:
         for source, tokens in zip(sources, given, strict=True):
             print(f"  {tokens / sum(given):.2%} from {source.name}")
-
-
-PARTS = ("held_out", "train")
 
 
 def open_rows(folder: Path) -> list:

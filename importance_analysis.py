@@ -813,9 +813,12 @@ def score(checkpoint, rows: torch.Tensor, meta: dict, scores_path: Path, device,
 
     def begun_moments() -> list:
         """The layers that a killed pass was over; none if it was another run's."""
-        record = common.metadata_of(partial_moments) or {}
-        names = safe_open(partial_moments, framework="pt").keys() if record else []
-        layers = [layer for layer in files if any(name.startswith(f"{layer} ") for name in names)]
+        record = common.metadata_of(partial_moments)
+        if not record:
+            return []
+        with safe_open(partial_moments, framework="pt") as file:
+            begun = {name.split(" ")[0] for name in file.keys()}
+        layers = [layer for layer in files if str(layer) in begun]
         return layers if record.get("identity") == identity_over(layers) else []
 
     def open_moments(layers: list) -> Sums:
