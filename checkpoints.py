@@ -12,6 +12,7 @@ Nothing here is a setting, and importing it does nothing.
 import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -75,10 +76,12 @@ def step_of(folder: Path) -> int:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint under the name of debris: what a kill leaves half of it is swept by the next run."""
+    """Delete a checkpoint under the name of debris: what a kill leaves half of it is swept by the next run. One that
+    cannot be deleted stays."""
     debris = common.temporary_folder(folder)
     shutil.rmtree(debris, ignore_errors=True)
-    folder.rename(debris)
+    with suppress(OSError):
+        folder.rename(debris)
     shutil.rmtree(debris, ignore_errors=True)
 
 

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -426,7 +427,7 @@ class Checkpoint:
     @property
     def again(self) -> str:
         """Advice for damaged files."""
-        hub = f"Run `hf download {self.name} --revision {self.revision} --force-download`."
+        hub = f"Run `uv run hf download {self.name} --revision {self.revision} --force-download`."
         return hub if self.revision else "Download the model again."
 
     @property
@@ -517,14 +518,15 @@ def download_checkpoint(name: str, revision: str | None, constant: str, wanted: 
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["original/*"]))
     except errors.GatedRepoError:
         raise PareError(
-            f"{constant} = {name!r} is gated: accept its terms on the Hub, then run `hf auth login`. {LOCAL_OR_DEMO}"
+            f"{constant} = {name!r} is gated: accept its terms on the Hub, then run `uv run hf auth login`. "
+            f"{LOCAL_OR_DEMO}"
         ) from None
     except errors.RevisionNotFoundError:
         raise PareError(f"REVISION = {revision!r} does not exist in {constant} = {name!r}.") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise PareError(
             f"{constant} = {name!r} is neither a folder here nor a model on the Hub (or it is private: "
-            f"`hf auth login`)."
+            f"`uv run hf auth login`)."
         ) from None
     except Exception as error:  # network, proxy and transfer libraries each raise their own
         raise PareError(
@@ -750,8 +752,8 @@ def load_model(
             quantization_config=quantization,
         )
     except (*REFUSALS, OSError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise PareError(f"{what} does not fit on DEVICE = {str(device)!r} in {dtype}.") from None
+        if isinstance(error, torch.OutOfMemoryError):  # the scripts know what else there is, and what would fit
+            raise
         shapes = "ignore_mismatched_sizes" in str(error)
         reason = "weights and config.json disagree on shapes" if shapes else first_line(error)
         raise PareError(f"{what} does not load: {reason}. {checkpoint.again}") from None
@@ -1057,6 +1059,12 @@ def write_json(path: Path, value) -> None:
 SCORE_TENSORS = ("mlp", "attention", "attn_ln", "ffn_ln", "hidden", "angular_distance")
 
 
+def serve_command(folder: Path | str, family: Family, hidden_size: int, heads_width: int) -> str:
+    """vLLM's for a model folder. Its own code of some families counts on hidden size = heads x head_dim."""
+    own = not family.square or hidden_size == heads_width
+    return f"uvx vllm serve {shlex.quote(str(folder))}" + " --model-impl transformers" * (not own)
+
+
 def moments_folder(scores_path: Path) -> Path:
     return scores_path.with_suffix(".moments").resolve()  # a link to a larger disk stays a link
 
@@ -1096,5 +1104,8 @@ def load_scores(path: Path) -> dict:
     except Exception:  # whatever the bytes of a foreign file provoke; nothing in it is run
         whole = False
     if not whole:
-        raise PareError(f"SCORES_PATH = {str(path)!r} is not a score file of this version, or damaged: run it again.")
+        raise PareError(
+            f"SCORES_PATH = {str(path)!r} is not a score file of this version, or damaged. Run importance_analysis.py "
+            "again."
+        )
     return scores

@@ -84,7 +84,9 @@ def read_sources(value: str | list, constant: str) -> list[TextSource]:
 
 
 def is_same_text(a: TextSource, b: TextSource) -> bool:
-    same_rows = (a.name, a.config, a.split) == (b.name, b.config, b.split)
+    names = [user_path(x.constant, x.name) for x in (a, b)]
+    same_name = names[0].resolve() == names[1].resolve() if names[0].exists() else a.name == b.name
+    same_rows = same_name and (a.config, a.split) == (b.config, b.split)
     return same_rows and (a.column == b.column or None in (a.column, b.column))
 
 
@@ -257,7 +259,7 @@ def open_splits(source: TextSource) -> dict:
         raise
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
-            raise PareError(f"{what} is gated: accept its terms on the Hub, then run `hf auth login`.") from None
+            raise PareError(f"{what} is gated: accept its terms on the Hub, then run `uv run hf auth login`.") from None
         raise PareError(f"{what} is neither a file here nor a dataset on the Hub ({first_line(error)}).") from None
     except ConnectionError as error:
         raise PareError(
@@ -413,14 +415,13 @@ def mix(sources: list[Iterator[Document]], weights: list[float]) -> Iterator[tup
 # Packing
 
 
-def pack_rows(documents: Iterable[str], tokenizer, length: int, vocab_size: int) -> Iterator[tuple]:
+def pack_rows(documents: Iterable[str], tokenizer, length: int, vocab_size: int) -> Iterator[list[int]]:
     """Documents, each ended with the end-of-text token, joined and cut into full rows of `length` tokens.
 
-    Yields (input_ids, position_ids), both of `length` whole numbers. Positions restart at every document, and at the
-    start of a row, where what went before is out of sight, and where a beginning-of-text token stands if the tokenizer
-    puts one before documents. The unfinished last row is dropped.
+    Yields `length` token ids. At the start of a row stands a beginning-of-text token if the tokenizer puts one before
+    documents. The unfinished last row is dropped.
     """
-    documents, ids, positions, number = iter(documents), [], [], 0
+    documents, ids, number = iter(documents), [], 0
     while batch := list(itertools.islice(documents, READ_AHEAD)):
         for new in tokenize_texts(batch, tokenizer):
             number += 1
@@ -428,11 +429,9 @@ def pack_rows(documents: Iterable[str], tokenizer, length: int, vocab_size: int)
             begin = new[:1] if new[0] == tokenizer.bos_token_id else []
             while len(ids) + len(new) >= length:
                 piece, rest = new[: length - len(ids)], new[length - len(ids) :]
-                yield ids + piece, positions + list(range(len(piece)))
-                new = begin + rest if rest else []
-                ids, positions = [], []
+                yield ids + piece
+                new, ids = begin + rest if rest else [], []
             ids += new
-            positions += range(len(new))
 
 
 def cut(document: Document, length: int) -> Iterator[Document]:
@@ -528,7 +527,9 @@ def file_state(dataset: str) -> list:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    state = [tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.special_tokens_map]
+    """Of all that decides which tokens a text becomes."""
+    whole = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    state = [whole, tokenizer.chat_template, tokenizer.special_tokens_map]
     return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -588,9 +589,10 @@ def open_rows(folder: Path) -> list:
     return [datasets.Dataset.from_file(str(path)).with_format("numpy") for path in paths]
 
 
-def prepare_data(folder: Path, teacher: common.Checkpoint, settings, begun: dict | None = None) -> dict[str, str]:
-    """Pack held-out and training rows into `folder`, once, and again when something has changed; returns the hashes of
-    the files. Files with the hashes `begun`, which a run began with, serve it whatever has changed since.
+def prepare_data(folder: Path, teacher: common.Checkpoint, settings, begun: dict | None = None) -> Callable:
+    """Open the text and look for room; returns a function that packs held-out and training rows into `folder` and
+    returns the hashes of the files. They are packed once, and again when something has changed. Files with the hashes
+    `begun`, which a run began with, serve it whatever has changed since.
 
     The held-out part is the text of EVAL_DATASETS, or the first documents of DATASETS, which then are not trained on.
     """
@@ -614,17 +616,23 @@ def prepare_data(folder: Path, teacher: common.Checkpoint, settings, begun: dict
     same = there and json.loads(record.read_text())["key"] == key
     if there and begun and not same and hashes_of(paths) == begun:
         print(f"the text, or what packs it, has changed since; the run goes on with its own rows in {folder}")
-        return begun
-    if not same:
-        shutil.rmtree(common.temporary_folder(folder), ignore_errors=True)  # of a killed run
-        check_room(folder, sum(num_rows.values()), length, settings)
-        mixture = open_mixture(train, tokenizer, settings.seed, teacher)
-        first = (mixture, train) if held_out is None else (open_mixture(held_out, tokenizer, None, teacher), held_out)
+        return lambda: begun
+    if same:
+        return lambda: hashes_of(paths)
+    shutil.rmtree(common.temporary_folder(folder), ignore_errors=True)  # of a killed run
+    check_room(folder, sum(num_rows.values()), length, settings)
+    mixture = open_mixture(train, tokenizer, settings.seed, teacher)
+    first = (mixture, train) if held_out is None else (open_mixture(held_out, tokenizer, None, teacher), held_out)
+
+    @functools.cache
+    def pack() -> dict[str, str]:
         with common.new_folder(folder, "distill.py") as temporary:
             for part, text in {"held_out": first, "train": (mixture, train)}.items():
                 write_part(temporary / f"{part}.arrow", *text, num_rows[part], length, tokenizer.eos_token_id)
             common.write_json(temporary / "pare.json", {"script": "distill.py", "key": key})
-    return hashes_of(paths)
+        return hashes_of(paths)
+
+    return pack
 
 
 def hashes_of(paths: dict[str, Path]) -> dict[str, str]:

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +42,7 @@ from checkpoints import (
     check_finite,
     check_nothing_in_the_way,
     check_room,
+    checkpoints_in,
     latest_checkpoint,
     load_checkpoint,
     read_json,
@@ -137,6 +138,7 @@ def evaluate(student, teacher, rows, settings, signals: list) -> dict | None:
     """
     student.eval()
     starts = torch.tensor(position_buckets(settings.sequence_length), device=settings.device)
+    wide = torch.float32 if settings.device.type == "mps" else torch.float64  # which mps has not
     sums = torch.zeros(len(starts) + 7, 2, dtype=torch.float64)  # of a figure, and how many tokens it is of
     rank, world = common.rank_and_world()
     size = settings.micro_batch_size
@@ -160,7 +162,7 @@ def evaluate(student, teacher, rows, settings, signals: list) -> dict | None:
                 q_log = torch.log_softmax(losses.project(targets[chunk], teacher_weight, torch.float32), dim=-1)
                 figures = figures_of(p_log, q_log, labels[chunk], settings.end_of_text)
                 figures += [figures[0][buckets[chunk] == bucket] for bucket in range(len(starts))]
-                sums[:, 0] += torch.stack([x.double().sum() for x in figures]).cpu()
+                sums[:, 0] += torch.stack([x.sum(dtype=wide) for x in figures]).cpu()
                 sums[:, 1] += torch.tensor([len(x) for x in figures])
     sums = common.sum_over_processes(sums)
     student.train()
@@ -289,8 +291,9 @@ def step_batches(rows, step: int, settings) -> list[Batch]:
     return [fetch(rows, indices[start : start + size], settings.device) for start in starts]
 
 
-def train_step(student, teacher, batches: list[Batch], optimizer, step: int, settings) -> tuple[float, float]:
-    """One optimizer step; returns loss and gradient norm, and leaves the weights alone where one is not finite.
+def train_step(student, teacher, batches: list[Batch], optimizer, step: int, settings, signals=()) -> tuple:
+    """One optimizer step; returns loss and gradient norm, and leaves the weights alone where one is not finite. Third,
+    whether a process had received one of the `signals` when the losses were summed: later ones are the next step's.
 
     One denominator: the counted tokens of the whole step, in all processes.
     """
@@ -301,8 +304,8 @@ def train_step(student, teacher, batches: list[Batch], optimizer, step: int, set
         total += backward(student, teacher, batch, denominator, settings)
     parameters = [parameter for parameter in student.parameters() if parameter.grad is not None]
     norm = sharding.whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
-    total = common.sum_over_processes(total)
-    loss, distance, gradient_norm = torch.stack([*total, norm.float()]).tolist()  # the step's one synchronisation
+    total = common.sum_over_processes(torch.stack([*total, torch.full_like(total[0], len(signals))]))
+    loss, distance, received, gradient_norm = torch.stack([*total, norm.float()]).tolist()  # the one synchronisation
     finite = math.isfinite(loss) and math.isfinite(gradient_norm)
     if settings.hidden:
         settings.hidden.finish_step(loss, distance, finite)
@@ -312,15 +315,16 @@ def train_step(student, teacher, batches: list[Batch], optimizer, step: int, set
             group["lr"] = learning_rate(step, settings)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, gradient_norm
+    return loss, gradient_norm, received > 0
 
 
-def rehearse(student, teacher, rows, optimizer, settings) -> None:
+def rehearse(student, teacher, optimizer, settings) -> None:
     """The largest micro-batch forward and backward, beside all that a step keeps, so that memory that runs out does so
-    in the first minute. Weights, optimizer and random state stay as they are."""
-    indices = data.row_indices(0, settings.rows_per_step, len(rows), settings.seed)[: settings.micro_batch_size]
-    input_ids = torch.as_tensor(rows[indices]["input_ids"]).long()
-    positions = torch.arange(input_ids.shape[1]).repeat(len(indices), 1)
+    in the first minute, before the text is packed. Weights, optimizer and random state stay as they are."""
+    student.train()  # else it does not checkpoint
+    shape = settings.micro_batch_size, settings.sequence_length
+    input_ids = torch.arange(math.prod(shape)).reshape(shape) % student.config.vocab_size
+    positions = torch.arange(shape[1]).repeat(shape[0], 1)
     positions[:, -1] = 0  # two documents a row, which may need masks
     counted = torch.ones_like(positions, dtype=torch.bool)
     counted[:, -1] = False  # nothing follows
@@ -337,23 +341,19 @@ def rehearse(student, teacher, rows, optimizer, settings) -> None:
 
 
 @contextmanager
-def enough_memory(settings, continued: bool) -> Iterator[None]:
-    """A device that is too small becomes a message with the constants that fit it; the first that can still change."""
+def enough_memory(teacher: common.Checkpoint, student: common.Checkpoint, settings, world: int) -> Iterator[None]:
+    """A device that is too small becomes a message with the constants that would fit it."""
+    free = common.available_bytes(settings.device)
     try:
         yield
     except torch.OutOfMemoryError as error:
-        size, length = settings.micro_batch_size, settings.sequence_length
-        smaller = max((n for n in range(1, size // 2 + 1) if size % n == 0), default=0)
-        if smaller:
-            advice = f"MICRO_BATCH_SIZE = {smaller} with TOKENS_PER_STEP = {settings.tokens_per_step}, the same step"
-        elif not settings.gradient_checkpointing:
-            advice = "GRADIENT_CHECKPOINTING = True"
-        else:
-            advice = f"SEQUENCE_LENGTH = {max(2, length // 2)}"
-        elsewhere = " and another OUTPUT_DIR, or free the device: a run continues with its own constants" * continued
+        needed = sum(preflight.memory_parts(teacher, student, settings, world).values())
+        below = min(free, int(preflight.SAFE * needed))  # where the forecast said that it fits, it was short
+        begun = bool(checkpoints_in(settings.checkpoints))
         raise PareError(
-            f"MICRO_BATCH_SIZE = {size} rows of SEQUENCE_LENGTH = {length} do not fit on {settings.device} "
-            f"({common.first_line(error)}).\nSet {advice}{elsewhere}."
+            f"MICRO_BATCH_SIZE = {settings.micro_batch_size} rows of SEQUENCE_LENGTH = {settings.sequence_length}, "
+            f"STUDENT and TEACHER do not fit on {settings.device} ({common.first_line(error)}).\n"
+            f"{preflight.advice(teacher, student, settings, world, below, begun)}"
         ) from None
 
 
@@ -394,9 +394,8 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
     student.train()
     progress = common.Progress(settings.num_steps, "steps", "distilling", done=first_step)
     on_disk, saved = first_step, True  # the newest checkpoint's step; whether the last save succeeded
-    seconds = []
-    with stop_signals() as signals, enough_memory(settings, first_step > 0), ThreadPoolExecutor(1) as thread:
-        rehearse(student, teacher, rows, optimizer, settings)
+    stopped, seconds, alone = False, [], common.rank_and_world()[1] == 1
+    with stop_signals() as signals, ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(step_batches, rows, first_step, settings)
         for step in range(first_step, settings.num_steps + 1):
             last = step == settings.num_steps
@@ -405,7 +404,8 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
                 figures = evaluate(student, teacher, held_out, settings, signals)
                 if figures:
                     log(step, figures)
-            stopped = any_process(signals)
+                stopped = any_process(signals)
+            stopped = stopped or (alone and any_process(signals))  # several agree in the sums of a step
             if stopped and on_disk < step:
                 try_to_save(save, step, bad_steps, must=True)
             if stopped or last:
@@ -414,7 +414,7 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
             batches, done = ahead.result(), step + 1
             if done < settings.num_steps:
                 ahead = thread.submit(step_batches, rows, done, settings)
-            loss, gradient_norm = train_step(student, teacher, batches, optimizer, step, settings)
+            loss, gradient_norm, stopped = train_step(student, teacher, batches, optimizer, step, settings, signals)
             seconds.append(time.monotonic() - start)
             tokens_per_second = settings.tokens_per_step / seconds[-1]
             metrics = {
@@ -445,14 +445,15 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
 
 
 def try_to_save(save, step: int, bad_steps: int, must: bool) -> bool:
-    """Save; False where the disk did not take it. Where it `must`, that is the end."""
+    """Save; False where the disk did not take it. Where it `must`, that is the end, as weights that may not be saved
+    always are."""
     error = None
     try:
         save(step, bad_steps)
-    except SaveError as refused:
+    except PareError as refused:
         error = refused
     error = common.from_rank_0(error)  # the process that writes
-    if error and must:
+    if error and (must or not isinstance(error, SaveError)):
         raise error
     if error:
         print(f"{error}\nTraining goes on to the next save.", flush=True)
@@ -470,8 +471,8 @@ def check_bad_steps(bad_steps: int, step: int, settings) -> None:
         raise PareError(
             f"loss or gradient was not finite in MAX_BAD_STEPS = {settings.max_bad_steps} steps in a row, up to step "
             f"{step}. None reached the weights; the last good checkpoint is {last or 'the student itself'}.\n"
-            f"Start again in another OUTPUT_DIR with less than LEARNING_RATE = {settings.learning_rate}, or a higher "
-            f"TEMPERATURE than {settings.temperature}; metrics.jsonl names the rows."
+            f"Start again in another OUTPUT_DIR with less than LEARNING_RATE = {settings.learning_rate}; metrics.jsonl "
+            "names the rows."
         )
 
 
@@ -493,10 +494,12 @@ def with_nan(metrics: dict) -> dict:
 def open_log(path: Path, checkpoint: Path | None, report_to: str | None, settings, constants: dict):
     """A function `log(step, metrics)` that appends to metrics.jsonl and to the tracker that REPORT_TO names.
 
-    A resumed run starts from the lines in its checkpoint.
+    A resumed run starts from the lines in its checkpoint, but for an evaluation at its very end, which it makes again.
     """
-    lines = (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b""
-    common.replace_file(path, lambda temporary: temporary.write_bytes(lines))
+    lines = (checkpoint / "metrics.jsonl").read_text().splitlines(keepends=True) if checkpoint else []
+    if lines and "held_out_kl" in (last := json.loads(lines[-1])) and last["step"] == step_of(checkpoint):
+        lines.pop()
+    common.replace_file(path, lambda temporary: temporary.write_text("".join(lines)))
     tracker = None
     if report_to is not None:
         tracker = importlib.import_module(report_to)
@@ -720,8 +723,7 @@ def choose_attention(teacher: common.Checkpoint, student: common.Checkpoint, set
     # It would be preferred, but its gradients are not deterministic, and it makes a plan for every batch's shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     models, rank = [teacher, student], common.rank_and_world()[0]
-    with enough_memory(settings, continued=False):
-        chosen = attention.choose(settings.attention, models, settings.device, settings.dtype) if rank == 0 else None
+    chosen = attention.choose(settings.attention, models, settings.device, settings.dtype) if rank == 0 else None
     settings.implementation = common.from_rank_0(chosen)
 
 
@@ -764,7 +766,8 @@ def finished_record(output: Path, teacher: common.Checkpoint, record: dict, sett
         return None
     check_same_run(saved, record)
     if (output / "data").is_dir():
-        check_same_text(saved, record | {"data": data.prepare_data(output / "data", teacher, settings, saved["data"])})
+        pack = data.prepare_data(output / "data", teacher, settings, saved["data"])
+        check_same_text(saved, record | {"data": pack()})
     files = {output / "model" / name: digest for name, digest in saved["sha256"].items()}
     whole = all(file.is_file() and common.hash_file(file) == digest for file, digest in files.items())
     return saved if whole else None
@@ -864,18 +867,16 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
     latest = common.from_rank_0(open_output(output, record) if rank == 0 else None)
     torch.manual_seed(settings.seed)
     begun = read_json(latest / "pare.json") if latest else {}
-    packed = data.prepare_data(output / "data", teacher_checkpoint, settings, begun.get("data")) if rank == 0 else None
-    record["data"] = common.from_rank_0(packed)
-    held_out, rows = data.open_rows(output / "data")
-    if latest:
-        check_same_text(begun, record)
+    # Sources are opened now, so that a mistake is found; they are packed, which can take long, after the rehearsal.
+    pack = data.prepare_data(output / "data", teacher_checkpoint, settings, begun.get("data")) if rank == 0 else None
     settings.end_of_text = common.load_tokenizer(teacher_checkpoint, "TEACHER").eos_token_id
-    with enough_memory(settings, latest is not None):
-        before = unquantized_states(teacher_checkpoint, held_out, settings) if settings.quantization else None
-        teacher, student = load_pair(teacher_checkpoint, student_checkpoint, settings)
-        if before:
-            record["teacher"]["quantization_kl"] = quantization_kl(teacher, *before, settings)
-            del before  # its memory
+    if settings.quantization:  # in one process; its KL is that on held-out text
+        record["data"] = pack()
+        before = unquantized_states(teacher_checkpoint, data.open_rows(output / "data")[0], settings)
+    teacher, student = load_pair(teacher_checkpoint, student_checkpoint, settings)
+    if settings.quantization:
+        record["teacher"]["quantization_kl"] = quantization_kl(teacher, *before, settings)
+        del before  # its memory
     if settings.hidden_loss:
         if kept is None:
             losses.add_projection(student, teacher.config.hidden_size, settings)
@@ -883,6 +884,11 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
         settings.hidden = losses.HiddenLoss(kept if kept is None else kept.to(settings.device), layer, weight)
     optimizer = build_optimizer(student, settings)
     first_step, bad_steps = load_checkpoint(latest, student, optimizer) if latest else (0, 0)
+    rehearse(student, teacher, optimizer, settings)
+    record["data"] = common.from_rank_0(pack() if rank == 0 else None)
+    held_out, rows = data.open_rows(output / "data")
+    if latest:
+        check_same_text(begun, record)
     print_plan(rows, first_step, settings)
 
     log = lambda step, metrics: None  # noqa: E731
@@ -894,11 +900,11 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
         more = record | {"bad_steps": bad_steps, "hidden_weight": settings.hidden and settings.hidden.weight}
         save_checkpoint(settings.checkpoints, step, student, optimizer, more, metrics_path, settings.keep_checkpoints)
         if rank == 0:
-            common.write_json(output / "pare.json", record | {"step": step})  # there is something to lose
+            with suppress(PareError):  # says that there is something to lose; a full disk is no reason to stop
+                common.write_json(output / "pare.json", record | {"step": step})
 
     if not train(student, teacher, held_out, rows, optimizer, first_step, bad_steps, log, save, settings):
-        launch = f"{LAUNCH} --num_processes {world}" if world > 1 else "uv run"
-        print(f"\nStopped; everything is saved. To continue:\n\n    {launch} {shlex.join(sys.argv)}", flush=True)
+        print(f"\nStopped; everything is saved. To continue{continue_command(world)}", flush=True)
         sys.exit(0)
 
     weights = {
@@ -923,7 +929,11 @@ def main() -> Path:
         if rank == 0:
             check_output(output)
         teacher, student = find_pair(output, settings)
-        with common.lock(output, "OUTPUT_DIR", rank), deterministic(DETERMINISTIC, settings.device):
+        with (
+            common.lock(output, "OUTPUT_DIR", rank),
+            deterministic(DETERMINISTIC, settings.device),
+            enough_memory(teacher, student, settings, world),
+        ):
             choose_attention(teacher, student, settings)
             record = common.from_rank_0(make_record(teacher, student, settings) if rank == 0 else None)
             finished = common.from_rank_0(finished_record(output, teacher, record, settings) if rank == 0 else None)
@@ -938,10 +948,17 @@ def main() -> Path:
                 settings.expected_bytes = preflight.print_preflight(teacher, student, settings, world)
                 finished = run(output, teacher, student, record, settings)
         print_results(with_nan(finished["before"]), with_nan(finished["after"]))
-        print(
-            f"\nWrote {output}/model, {output}/curves.png and {output}/metrics.jsonl. Next: vllm serve {output}/model"
-        )
+        print(f"\nWrote {output}/model, {output}/curves.png and {output}/metrics.jsonl.", end=" ")
+        width = student.config.num_attention_heads * student.head_dim
+        print(f"Next: {common.serve_command(output / 'model', student.family, student.config.hidden_size, width)}")
     return output / "model"
+
+
+def continue_command(world: int) -> str:
+    if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)):
+        return ", give each machine the command that it was started with."
+    launch = f"{LAUNCH} --num_processes {world}" if world > 1 else "uv run"
+    return f":\n\n    {launch} {shlex.join(sys.argv)}"
 
 
 def make_record(teacher: common.Checkpoint, student: common.Checkpoint, settings) -> dict:
@@ -962,6 +979,8 @@ def print_plan(rows, first_step: int, settings) -> None:
     epochs = settings.num_steps * settings.rows_per_step / len(rows)
     if epochs > 1:
         print(f"the text gives {len(rows)} rows, so training goes over it {epochs:.1f} times")
+    if settings.warmup_steps >= settings.num_steps:
+        print(f"WARMUP_STEPS = {settings.warmup_steps} of {settings.num_steps} steps: LEARNING_RATE is never reached")
     if first_step:
         print(f"continuing after step {first_step}")
 

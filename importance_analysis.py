@@ -646,7 +646,7 @@ def hash_rows(rows: torch.Tensor) -> str:
 def calibration_rows(documents, tokenizer, num_samples: int, length: int, vocab_size: int, what: str) -> torch.Tensor:
     """(num_samples, T) token ids: documents joined with the end-of-text token and cut into rows."""
     rows = []
-    for input_ids, _ in data.pack_rows(documents, tokenizer, length, vocab_size):
+    for input_ids in data.pack_rows(documents, tokenizer, length, vocab_size):
         rows.append(input_ids)
         if len(rows) == num_samples:
             return torch.tensor(rows)
@@ -896,7 +896,8 @@ def analyse(script, scores_path: Path, rank: int) -> Path:
         scores, *halves = score(checkpoint, rows, identity | {"moments": moments}, scores_path, device, dtype)
     except torch.OutOfMemoryError:
         advice = f"Set BATCH_SIZE = {BATCH_SIZE // 2}." if BATCH_SIZE > 1 else "Lower SEQUENCE_LENGTH."
-        raise PareError(f"BATCH_SIZE = {BATCH_SIZE} does not fit on {device}. {advice}") from None
+        what = f"MODEL = {MODEL!r} with BATCH_SIZE = {BATCH_SIZE}"
+        raise PareError(f"{what} does not fit on {device}. {advice}") from None
     if not all_finite(scores):
         advice = "try DTYPE = 'float32'" if dtype != torch.float32 else "its weights are damaged"
         raise PareError(f"MODEL = {MODEL!r} gives activations that are not finite in {dtype}; {advice}.")

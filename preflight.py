@@ -28,6 +28,7 @@ from common import HIDDEN, KEY_VALUE, NEURONS, QUERY
 FLOAT32 = 4  # bytes
 NORM_WIDTHS = {"self_attn.q_norm": QUERY, "self_attn.k_norm": KEY_VALUE}  # of activations; any other: HIDDEN
 SHORTEST = 256  # tokens of the shortest row that is proposed
+SAFE = 0.9  # of the device: what the estimate may be off by is left
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def what_fits(teacher, student, settings, world: int, free: int) -> str | None:
         possible = settings.tokens_per_step % (size * tried_length * processes) == 0 and not (bits and processes > 1)
         if possible and sum(memory_parts(teacher, student, tried, processes).values()) <= free:
             changed = [f"{n} = {value!r}" for n, value in constants.items() if value != getattr(settings, n.lower())]
-            launch = f"{processes} GPUs (`accelerate launch --num_processes {processes} distill.py`)"
+            launch = f"{processes} GPUs (`uv run accelerate launch --num_processes {processes} distill.py`)"
             return " and ".join(changed + [launch] * (processes > world))
     return None
 
@@ -211,10 +212,17 @@ def text_bytes(settings) -> int:
 
 def verdict(teacher, student, settings, world: int, needed: int, free: int, continued: bool = False) -> str:
     if needed <= free:
-        return "fits" if needed <= 0.9 * free else "fits, with less than a tenth to spare"
-    advice = what_fits(teacher, student, settings, world, free)
-    elsewhere = ", in another OUTPUT_DIR: a run continues with its own constants" * continued
-    return f"does not fit. This would: {advice}{elsewhere}" if advice else "does not fit: take a larger device"
+        return "fits" if needed <= SAFE * free else "fits, with less than a tenth to spare"
+    return f"does not fit. {advice(teacher, student, settings, world, free, continued)}"
+
+
+def advice(teacher, student, settings, world: int, free: int, continued: bool) -> str:
+    """What to change where `free` bytes are not enough; a run that is `continued` may not change it."""
+    constants = what_fits(teacher, student, settings, world, free)
+    if not constants:
+        return f"Nothing of it fits into {free / 1e9:.1f} GB: take a larger device, or a smaller STUDENT or TEACHER."
+    elsewhere = ", in another OUTPUT_DIR, or free the device: a run continues with its own constants" * continued
+    return f"This would: {constants}{elsewhere}."
 
 
 def print_preflight(teacher: common.Checkpoint, student: common.Checkpoint, settings, world: int) -> int:

@@ -454,9 +454,11 @@ def check_scores(scores: dict, checkpoint: common.Checkpoint, path: Path, weight
         and (not weights or meta["weights_hash"] == common.hash_checkpoint(checkpoint, "MODEL"))
     )
     if not same:
+        constants = [f"MODEL={checkpoint.name}", f"SCORES_PATH={path}"]
+        constants += [f"REVISION={checkpoint.revision}"] if checkpoint.revision else []
         raise PareError(
             f"SCORES_PATH = {str(path)!r} was made for {meta['model']!r}, which is not the same as "
-            f"MODEL = {checkpoint.name!r}.\nRun `uv run importance_analysis.py MODEL={checkpoint.name}` again."
+            f"MODEL = {checkpoint.name!r}.\nRun `uv run importance_analysis.py {shlex.join(constants)}` again."
         )
 
 
@@ -518,7 +520,7 @@ def axes_of(family: common.Family, tensor: str) -> tuple[tuple, int | None]:
         return axes[:1], layer
     if kind != "weight" or axes is None:
         raise PareError(
-            f"the checkpoint holds a tensor that the table of model families does not know: {tensor}.\n"
+            f"MODEL holds a tensor that the table of model families does not know: {tensor}.\n"
             "Add its module with its axes to FAMILIES in common.py; nothing is cut by guess."
         )
     return axes, layer
@@ -878,7 +880,8 @@ def portability(raw: dict, family: common.Family, output: str, advice: str) -> l
     """
     heads, head_dim, hidden = raw["num_attention_heads"], raw["head_dim"], raw["hidden_size"]
     name, gguf = shlex.quote(output), shlex.quote(f"{Path(output).name}.gguf")
-    vllm, llama = f"vllm serve {name}", f"python convert_hf_to_gguf.py {name} --outtype bf16 --outfile {gguf}"
+    vllm = common.serve_command(output, family, hidden, heads * head_dim)
+    llama = f"python convert_hf_to_gguf.py {name} --outtype bf16 --outfile {gguf}"
     vllm_problem = llama_problem = "ok"
     if family.square and hidden != heads * head_dim:
         fitting, key_value_heads = hidden // head_dim, raw["num_key_value_heads"]
@@ -886,7 +889,6 @@ def portability(raw: dict, family: common.Family, output: str, advice: str) -> l
         fit = f"; NUM_ATTENTION_HEADS = {fitting} would fit" if legal else ""
         llama_problem = f"cannot load HIDDEN_SIZE other than heads x {head_dim}{fit}"
         vllm_problem = f"its own code needs HIDDEN_SIZE = heads x {head_dim}{fit}; this command does without it"
-        vllm += " --model-impl transformers"
     key = family.per_layer[-1]
     kinds = raw.get(key) or []
     period = len(family.pattern)
@@ -1000,7 +1002,10 @@ def open_moments(scores: dict, scores_path: Path) -> Moments | None:
         )
     aside = common.temporary_folder(folder), common.old_folder(folder)
     if identity and REFIT is not False and not folder.is_dir() and any(path.is_dir() for path in aside):
-        raise PareError(f"SCORES_PATH: {folder} is not in place, a run was killed. Run importance_analysis.py again.")
+        raise PareError(
+            f"SCORES_PATH = {str(scores_path)!r}: {folder} is not in place, a run was killed. Run "
+            "importance_analysis.py again."
+        )
     if REFIT is None and identity and not folder.is_dir():
         print(f"{folder}/ is not there: slicing without REFIT")
         return None

@@ -79,7 +79,7 @@ class Evaluation:
 
     def __init__(self, text: str, tokenizer):
         documents = data.open_text(text, None, "train", "text")
-        rows = torch.tensor([ids for ids, _ in data.pack_rows(documents, tokenizer, 256, 3072)])
+        rows = torch.tensor([*data.pack_rows(documents, tokenizer, 256, 3072)])
         self.rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:64]]
         self.teacher = self.log_probs(demo.TEACHER)
 

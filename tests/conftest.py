@@ -286,6 +286,8 @@ for line in sys.stdin:
             except common.PareError as error:
                 print(error, file=sys.stderr)
                 code = 3
+            except SystemExit as end:
+                code = end.code or 0
             except BaseException:
                 traceback.print_exc()
             finally:

@@ -20,7 +20,7 @@ def held_out_rows(num_rows: int) -> torch.Tensor:
     tokenizer = common.load_tokenizer(common.find_checkpoint(str(demo.TEACHER), None, "MODEL"), "MODEL")
     documents = (text for name, text in demo.python_documents() if demo.is_held_out(name))
     rows = data.pack_rows(documents, tokenizer, 256, 3072)
-    return torch.tensor([next(rows)[0] for _ in range(num_rows)])
+    return torch.tensor([next(rows) for _ in range(num_rows)])
 
 
 def test_the_teacher_has_every_feature_of_the_7b(teacher):

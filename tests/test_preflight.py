@@ -26,6 +26,7 @@ import common
 import distill
 import losses
 import preflight
+from common import PareError
 from data import Batch
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -265,7 +266,7 @@ def test_a_teacher_of_fewer_bits_takes_fewer_bytes():
         (90, "MICRO_BATCH_SIZE = 2 and GRADIENT_CHECKPOINTING = True"),
         (80, "MICRO_BATCH_SIZE = 1 and GRADIENT_CHECKPOINTING = True"),
         (75, "MICRO_BATCH_SIZE = 1 and GRADIENT_CHECKPOINTING = True and TEACHER_QUANTIZATION = '8bit'"),
-        (70, "GRADIENT_CHECKPOINTING = True and 2 GPUs (`accelerate launch --num_processes 2 distill.py`)"),
+        (70, "GRADIENT_CHECKPOINTING = True and 2 GPUs (`uv run accelerate launch --num_processes 2 distill.py`)"),
     ],
 )
 def test_what_does_not_fit_is_told_what_would(gigabytes, advice):
@@ -273,8 +274,7 @@ def test_what_does_not_fit_is_told_what_would(gigabytes, advice):
     settings = settings_for("cuda", MICRO_BATCH_SIZE=4, GRADIENT_CHECKPOINTING=False)
     needed = sum(preflight.memory_parts(*models, settings, 1).values())
     said = preflight.verdict(*models, settings, 1, needed, free)
-    print(said)
-    assert said == f"does not fit. This would: {advice}"
+    assert said == f"does not fit. This would: {advice}."
 
 
 def test_advice_is_true():
@@ -302,9 +302,29 @@ def test_what_fits_is_said_to_fit():
     models, settings = [checkpoint(config) for config in olmo(4)], settings_for()
     assert preflight.verdict(*models, settings, 1, 80, 100) == "fits"
     assert preflight.verdict(*models, settings, 1, 95, 100) == "fits, with less than a tenth to spare"
-    assert preflight.verdict(*models, settings, 1, 101, 100) == "does not fit: take a larger device"
+    assert preflight.verdict(*models, settings, 1, 101, 100).endswith(
+        "take a larger device, or a smaller STUDENT or TEACHER."
+    )
     said = preflight.verdict(*models, settings_for(MICRO_BATCH_SIZE=4), 1, 10**12, 25 * 10**9, continued=True)
-    assert said.endswith("MICRO_BATCH_SIZE = 1, in another OUTPUT_DIR: a run continues with its own constants")
+    elsewhere = ", in another OUTPUT_DIR, or free the device: a run continues with its own constants."
+    assert said.endswith(f"MICRO_BATCH_SIZE = 1{elsewhere}")
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "advice"),
+    [(40, "4 GPUs (`uv run accelerate launch --num_processes 4 distill.py`)"), (90, "MICRO_BATCH_SIZE = 1 and")],
+)
+def test_memory_that_runs_out_is_told_what_the_forecast_knows(gigabytes, advice, tmp_path, monkeypatch):
+    """Weights and optimizer alone too large; or all of it, which the forecast had called just large enough."""
+    models = [checkpoint(config) for config in olmo(32)]
+    settings = settings_for("cuda", MICRO_BATCH_SIZE=2)
+    settings.checkpoints = tmp_path
+    monkeypatch.setattr(common, "available_bytes", lambda device: gigabytes * 10**9)
+    needed = sum(preflight.memory_parts(*models, settings, 1).values())
+    assert (needed > gigabytes * 10**9) == (gigabytes == 40)
+    with pytest.raises(PareError) as error, distill.enough_memory(*models, settings, 1):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert advice in str(error.value)
 
 
 def test_speed_is_the_median_after_the_first_step():

@@ -15,6 +15,7 @@ import torch
 from conftest import DEFAULTS, ROOT, configure, load, save_checkpoint
 from safetensors.torch import load_file
 from test_distill import lines_of, run_constants
+from test_never_lose import bits
 
 import common
 import distill
@@ -43,10 +44,10 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def launch(forks):
-    """A function that runs distill.py in two processes; exit codes, and what they printed."""
+    """A function that runs distill.py in two processes, after the code `before`; exit codes, and what they printed."""
 
-    def call(constants: dict) -> tuple[list[int], str]:
-        forks.begin("distill", constants, processes=2)
+    def call(constants: dict, before: str = "") -> tuple[list[int], str]:
+        forks.begin("distill", constants, processes=2, before=before)
         return forks.end(), forks.printed
 
     return call
@@ -76,16 +77,33 @@ def assert_same_run(two, one, **tolerance) -> None:
         assert (tensor - b[name]).norm() < tolerance["rel"] * b[name].norm(), name
 
 
+# Every weight of both models lies in two halves, but for a few that cannot be halved.
+LOOK_AT_SHARDS = """
+import distill, sharding, torch
+step = distill.train_step
+def train_step(student, teacher, batches, *more):
+    for model in (student, teacher):
+        weights = [*sharding.named_parameters(model).values()]
+        assert all(isinstance(weight, torch.distributed.tensor.DTensor) for weight in weights)
+        assert sum(weight.to_local().numel() for weight in weights) < 0.52 * sum(weight.numel() for weight in weights)
+    print(f"sharded, {len(batches)} micro-batches")
+    return step(student, teacher, batches, *more)
+distill.train_step = train_step
+"""
+
+
 @pytest.fixture(scope="module", params=["untied", "tied"])
 def runs(request, pairs, text, tmp_path_factory, launch):
-    """The constants of a run by one process and by two: five micro-batches of evaluation, so that one has one more."""
+    """The constants of a run by one process and by two, which have an odd number of micro-batches to evaluate; with
+    gradients accumulated in none or in both."""
     root, kind = tmp_path_factory.mktemp(request.param), request.param
-    options = {"TRAIN_TOKENS": 6 * 128, "EVAL_EVERY": 3, "SAVE_EVERY": 3, "EVAL_TOKENS": 32 * 2 * 5}
+    options = {"TRAIN_TOKENS": 6 * 128, "EVAL_EVERY": 3, "SAVE_EVERY": 3, "EVAL_TOKENS": 32 * 9}
     options["GRADIENT_CHECKPOINTING"] = kind == "untied"
     one, two = (run_constants(pairs[kind], text, root / name, **options) for name in ("one", "two"))
+    two["MICRO_BATCH_SIZE"] = 1 if kind == "untied" else 2
     configure(distill, **DEFAULTS[distill])  # a fixture may run before they are put back
     alone(one)
-    return one, two, launch(two)
+    return one, two, launch(two, LOOK_AT_SHARDS)
 
 
 def test_two_processes_give_the_run_of_one(runs):
@@ -93,6 +111,7 @@ def test_two_processes_give_the_run_of_one(runs):
     one, two, (codes, printed) = runs
     assert codes == [0, 0], printed[-3000:]
     assert printed.count("Wrote ") == 1
+    assert printed.count(f"sharded, {2 // two['MICRO_BATCH_SIZE']} micro-batches") == 6
     folders = [Path(constants["OUTPUT_DIR"]) for constants in (two, one)]
     assert_same_run(*folders, rel=2e-5)
     exported = [load_file(folder / "model" / "model.safetensors") for folder in folders]
@@ -112,6 +131,68 @@ def test_a_run_goes_on_with_another_number_of_processes(first, runs, launch, tmp
     result = (alone if first == "two" else launch)(constants | {"OUTPUT_DIR": str(output)})
     assert result is None or "continuing after step 3" in result[1]
     assert_same_run(output, Path(one["OUTPUT_DIR"]), rel=2e-5)
+
+
+# Of two processes, a signal reaches the second in a step, or the disk of the first is full for some saves.
+DISTURB = """
+import distill, resource, signal, sys
+sys.argv = ["distill.py", "LEARNING_RATE=0.003"]
+step, save, rank, disturbed = distill.train_step, distill.save_checkpoint, int(os.environ["RANK"]), {}
+def train_step(student, teacher, batches, optimizer, number, *more):
+    if (rank, number) == (1, disturbed.get("signal at")):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(student, teacher, batches, optimizer, number, *more)
+def save_checkpoint(root, number, *more):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 0 and number in disturbed.get("full at", []):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        save(root, number, *more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+distill.train_step, distill.save_checkpoint = train_step, save_checkpoint
+"""
+
+
+@pytest.mark.parametrize(
+    ("disturbed", "codes", "said"),
+    [
+        ({"signal at": 3}, [0, 0], "1800 uv run accelerate launch --num_processes 2 distill.py LEARNING_RATE=0.003"),
+        ({"full at": [2]}, [0, 0], "Training goes on to the next save"),
+        ({"full at": [2, 4]}, [3, 3], "the checkpoint of step 4 could not be written"),
+    ],
+)
+def test_two_processes_stop_together_and_go_on_to_the_same_bits(
+    disturbed, codes, said, undisturbed, pairs, text, launch, tmp_path
+):
+    constants = two_constants(pairs, text, tmp_path / "out")
+    found, printed = launch(constants, DISTURB + f"disturbed |= {disturbed}")
+    assert found == codes, printed[-3000:]
+    assert said in printed
+    if said.startswith("Training goes on"):
+        assert "Stopped" not in printed
+    else:
+        assert not (tmp_path / "out" / "model").exists()
+        assert launch(constants)[0] == [0, 0]
+    assert bits(tmp_path / "out") == undisturbed
+
+
+def two_constants(pairs, text, output) -> dict:
+    options = {"TRAIN_TOKENS": 6 * 128, "EVAL_EVERY": 4, "SAVE_EVERY": 2, "EVAL_TOKENS": 64}
+    return run_constants(pairs["untied"], text, output, **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pairs, text, launch, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert launch(two_constants(pairs, text, output))[0] == [0, 0]
+    return bits(output)
+
+
+@pytest.mark.parametrize(("here", "said"), [("8", "give each machine the command"), ("16", "--num_processes 16 ")])
+def test_what_continues_a_run_on_several_machines(here, said, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    assert said in distill.continue_command(16)
 
 
 def test_two_processes_in_bfloat16(pairs, text, launch, tmp_path):
@@ -167,7 +248,7 @@ def test_processes_are_patient_and_each_has_its_own_gpu(monkeypatch):
 
 
 def test_who_has_30_seconds_to_save_is_told(monkeypatch, capsys):
-    settings = SimpleNamespace(num_steps=1, rows_per_step=1)
+    settings = SimpleNamespace(num_steps=1, rows_per_step=1, warmup_steps=0)
     monkeypatch.setattr(common, "rank_and_world", lambda: (0, 2))
     for value, lines in ((None, 1), ("600", 0)):
         monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
