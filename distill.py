@@ -61,20 +61,20 @@ OUTPUT_DIR: str = "distilled"  # a folder of its own; an unfinished run in it is
 DATASETS: str | list = [{"name": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT"}]  # one source or several: README
 EVAL_DATASETS: str | list | None = None  # held-out text like DATASETS; None holds out the first documents of DATASETS
 SEQUENCE_LENGTH: int = 4096  # tokens per row
-TRAIN_TOKENS: int = 500_000_000  # the papers use 94B; most of the recovery comes early
-TOKENS_PER_STEP: int = 2**18  # per optimizer step
-MICRO_BATCH_SIZE: int = 2  # rows per forward pass; the rest of a step is accumulated
+TRAIN_TOKENS: int = 500_000_000  # the papers use 94B to 380B; most of the recovery comes early
+TOKENS_PER_STEP: int = 2**18  # per optimizer step, of all processes together
+MICRO_BATCH_SIZE: int = 2  # rows per forward pass of each process; the rest of a step is accumulated
 LEARNING_RATE: float = 1e-4  # peak (arXiv 2408.11796 Table 4)
 MIN_LEARNING_RATE: float = 1e-5  # at the end of the cosine
 WARMUP_STEPS: int = 60  # linear
 WEIGHT_DECAY: float = 0.1  # of matrices; norms and biases have none
-LOSS: str = "forward_kl"  # one of losses.LOSSES; "cross_entropy" with STUDENT = TEACHER corrects the teacher
+LOSS: str = "forward_kl"  # forward_kl | reverse_kl | jsd | cross_entropy | forward_kl_and_cross_entropy
 JSD_BETA: float = 0.5  # of LOSS = "jsd": towards 0 it acts as the forward KL, towards 1 as the reverse
 HIDDEN_LOSS: bool = False  # beside LOSS, states within the models; for students that lost depth
 TEACHER_QUANTIZATION: str | None = None  # None | "8bit": the teacher's linear layers by torchao, half their memory
 TEMPERATURE: float = 1.0  # 1 was best (arXiv 2407.14679 §4.3)
-GRADIENT_CHECKPOINTING: bool = True  # a third more compute for much less memory
-LOSS_CHUNK_BYTES: int | None = None  # memory of the loss beside its gradients; None is 2**30 on a GPU, 2**28 elsewhere
+GRADIENT_CHECKPOINTING: bool = True  # a third more compute for the student, much less memory
+LOSS_CHUNK_BYTES: int | None = None  # of logits and what is made of them; None is 2**30 on a GPU, 2**28 elsewhere
 ATTENTION: str = "auto"  # flash: needs a GPU of NVIDIA's and bfloat16 | sdpa: by masks | auto: flash where it works
 COMPILE: bool = False  # torch.compile of layers and loss: fewer passes over memory, minutes more at the start
 EVAL_EVERY: int = 100  # steps

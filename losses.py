@@ -228,9 +228,9 @@ def logit_loss(
 
     hidden (N, H) in the compute dtype, weight (V, H) of the student's LM head, usually a float32 master;
     teacher_hidden (N, H_t), teacher_weight (V, H_t) and labels (N,), the next tokens, where the loss needs them.
-    `denominator` M is the number of counted tokens of the whole optimizer step; `chunk_bytes` the transient memory,
-    beside the float32 gradient of the head. Gradients flow to `hidden` and `weight` where they are wanted, for one
-    backward pass.
+    `denominator` M is the number of counted tokens of the whole optimizer step; `chunk_bytes` the memory of all that is
+    made of a chunk, beside the gradients and the heads in the dtype that multiplies. Gradients flow to `hidden` and
+    `weight` where they are wanted, for one backward pass.
     """
     loss = LOSSES[kind]
     others = [*[teacher_hidden] * loss.has_teacher, *[labels] * loss.has_labels]

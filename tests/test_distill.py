@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -373,6 +374,23 @@ calls = []
 def init(**constants): calls.append(constants)
 def log(metrics, step): calls.append((step, metrics))
 """
+
+
+def test_the_next_batches_are_fetched_while_a_step_is_computed(pair, text, tmp_path, monkeypatch):
+    fetched, step_batches, train_step = [threading.Event() for _ in range(3)], distill.step_batches, distill.train_step
+
+    def fetch_and_tell(rows, step, settings):
+        batches = step_batches(rows, step, settings)
+        fetched[step].set()
+        return batches
+
+    def wait_and_step(student, teacher, batches, optimizer, step, *more):
+        assert step == 2 or fetched[step + 1].wait(timeout=60)
+        return train_step(student, teacher, batches, optimizer, step, *more)
+
+    monkeypatch.setattr(distill, "step_batches", fetch_and_tell)
+    monkeypatch.setattr(distill, "train_step", wait_and_step)
+    distilled(pair, text, tmp_path / "out", TRAIN_TOKENS=3 * 128)
 
 
 def test_report_to_logs_to_the_tracker(pair, text, tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from conftest import needs_gpu
+from test_preflight import Live
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 
@@ -242,26 +244,50 @@ def test_the_head_gradient_is_rewritten_once_per_large_chunk(monkeypatch):
     assert rows == [16, 16, 16, 16]
 
 
-def test_the_chunk_budget_is_kept():
-    """The largest tensor made is within it, though the logits of all tokens are not."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", losses.LOSSES)
+def test_the_chunk_budget_is_kept(kind, dtype, monkeypatch):
+    """All that is alive at once, beside the gradients and the head in bfloat16; the logits of all would be far more."""
+    monkeypatch.setattr(losses, "operand", lambda tensor, dtype: tensor)  # as on a GPU, which needs no float32 heads
+    monkeypatch.setattr(losses, "project", lambda a, b, dtype: a.new_empty(len(a), len(b), dtype=dtype).fill_(1))
+    monkeypatch.setattr(losses, "add_product", lambda total, a, b: None)
+    num_tokens, hidden_size, vocab_size, budget = 4096, 8, 1000, 2**20
+    inputs = [torch.ones(n, hidden_size, dtype=dtype) for n in (num_tokens, vocab_size) * 2]
+    inputs[1] = inputs[1].float()
+    labels = torch.zeros(num_tokens, dtype=torch.long)
+    leaves = [tensor.requires_grad_() for tensor in inputs[:2]]
+    with Live() as live:
+        live.add([*inputs, labels])
+        outside = live.now
+        losses.logit_loss(kind, *leaves, *inputs[2:], labels, denominator=1, chunk_bytes=budget)
+    outside += num_tokens * hidden_size * dtype.itemsize + vocab_size * hidden_size * 4  # the gradients
+    outside += vocab_size * hidden_size * dtype.itemsize * (dtype != torch.float32)  # the head
+    assert 0.7 * budget < live.peak - outside < 1.02 * budget, (live.peak - outside) / budget
+    assert num_tokens * vocab_size * 4 > 8 * budget
 
-    class Largest(TorchDispatchMode):
-        size = 0
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                self.size = max(self.size, result.numel() * result.element_size())
-            return result
+class Products(TorchDispatchMode):
+    """Counts the multiplications of matrix products."""
 
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(n, 8, generator=generator) for n in (512, V, 512, V)]
-    budget = 2**16
-    with Largest() as largest:
-        losses.logit_loss("forward_kl", inputs[0].requires_grad_(), *inputs[1:], denominator=1, chunk_bytes=budget)
-    assert 512 * V * 4 > 4 * budget
-    assert largest.size <= budget // 2
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "mm" in function.name():
+            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.count += len(a) * b.numel()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", losses.LOSSES)
+def test_four_matrix_products_and_none_twice(kind):
+    """Logits of both, the gradient of the hidden states, that of the head: nothing is computed again for a gradient."""
+    inputs, labels = loss_inputs(num_tokens=64)
+    leaves = [tensor.float().requires_grad_() for tensor in inputs[:2]]
+    teacher = [tensor.float() for tensor in inputs[2:]]
+    with Products() as products:
+        options = {"denominator": 1, "chunk_bytes": bytes_of(8, kind)}
+        losses.logit_loss(kind, *leaves, *teacher, labels, **options).backward()
+    assert products.count == 64 * V * (3 * H + H_T * losses.LOSSES[kind].has_teacher)
 
 
 @needs_gpu
