@@ -317,7 +317,7 @@ LINEARS = {  # module of a decoder layer -> the channels along the axes of its w
     "mlp.up_proj": (NEURONS, HIDDEN),
     "mlp.down_proj": (HIDDEN, NEURONS),
 }
-ATTENTION_INPUT, HEADS, FEEDFORWARD_INPUT, NEURONS_AT = (  # places: where the inputs of linear layers are cut
+ATTENTION_INPUT, HEADS_AT, FEEDFORWARD_INPUT, NEURONS_AT = (  # places: where the inputs of linear layers are cut
     "self_attn.q_proj",
     "self_attn.o_proj",
     "mlp.gate_proj",
@@ -325,7 +325,7 @@ ATTENTION_INPUT, HEADS, FEEDFORWARD_INPUT, NEURONS_AT = (  # places: where the i
 )
 PLACES = {  # place -> the linear layers that read the same input there
     ATTENTION_INPUT: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    HEADS: ("self_attn.o_proj",),
+    HEADS_AT: ("self_attn.o_proj",),
     FEEDFORWARD_INPUT: ("mlp.gate_proj", "mlp.up_proj"),
     NEURONS_AT: ("mlp.down_proj",),
 }
@@ -334,7 +334,7 @@ PRE_NORMS = {"input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,)
 POST_NORMS = {"post_attention_layernorm": (HIDDEN,), "post_feedforward_layernorm": (HIDDEN,)}
 NORMS_BEFORE_AND_AFTER = PRE_NORMS | POST_NORMS | {"pre_feedforward_layernorm": (HIDDEN,)}
 INPUT_NORMS = {ATTENTION_INPUT: "input_layernorm", FEEDFORWARD_INPUT: "post_attention_layernorm"}
-OUTPUT_NORMS = {HEADS: "post_attention_layernorm", NEURONS_AT: "post_feedforward_layernorm"}
+OUTPUT_NORMS = {HEADS_AT: "post_attention_layernorm", NEURONS_AT: "post_feedforward_layernorm"}
 HEAD_NORMS = {"self_attn.q_proj": "self_attn.q_norm", "self_attn.k_proj": "self_attn.k_norm"}
 QK_NORMS_OVER_ALL_HEADS = {"self_attn.q_norm": (QUERY,), "self_attn.k_norm": (KEY_VALUE,)}
 QK_NORMS_PER_HEAD = {"self_attn.q_norm": (WHOLE,), "self_attn.k_norm": (WHOLE,)}
@@ -361,7 +361,7 @@ class Family:
     @property
     def attention_norm(self) -> str:
         """The norm that belongs to the attention; its outputs score the hidden channels (DESIGN: attn_ln)."""
-        return self.input_norms.get(ATTENTION_INPUT) or self.output_norms[HEADS]
+        return self.input_norms.get(ATTENTION_INPUT) or self.output_norms[HEADS_AT]
 
     @property
     def feedforward_norm(self) -> str:

@@ -183,8 +183,8 @@ def evaluate(student, teacher, rows, settings, signals: list) -> dict | None:
 
 
 def figures_of(p_log: torch.Tensor, q_log: torch.Tensor, labels: torch.Tensor, end_of_text: int) -> list[torch.Tensor]:
-    """From log-probabilities (n, V) of student and teacher, which are overwritten: KL, both losses, the teacher's
-    entropy and agreement, each (n,), and both probabilities of the end of the text where it is due."""
+    """From log-probabilities (n, V) of student and teacher, of which the teacher's are overwritten: KL, both losses,
+    the teacher's entropy and agreement, each (n,), and both probabilities of the end of the text where it is due."""
     agreed, ends = p_log.argmax(-1) == q_log.argmax(-1), labels == end_of_text
     of_labels = [log.gather(1, labels[:, None]).squeeze(1) for log in (p_log, q_log)]
     q = q_log.exp()

@@ -64,10 +64,11 @@ LOSS_TOKENS = 1024  # tokens whose logits exist at once
 
 
 class Sums:
-    """Named running sums, one row for each half of the samples, saved beside the score file while they grow.
+    """Named running sums, saved beside the score file while they grow. `done[stage]` counts the rows that a stage has
+    finished.
 
-    Sums are float64 (float32 where the device has none), whatever the model's dtype: in bfloat16 late samples would be
-    rounded away. `done[stage]` counts the rows that a stage has finished.
+    What `add` adds is one row for each half of the samples, in float64 (float32 where the device has none), whatever
+    the model's dtype: in bfloat16 late samples would be rounded away. MomentHooks puts float32 matrices here itself.
     """
 
     def __init__(self, path: Path, identity: str, save_seconds: float):
@@ -161,7 +162,7 @@ class Hooks:
         for layer in model.layers:
             modules = dict(layer.named_modules())
             self.before(modules[common.NEURONS_AT], self.add_magnitudes, "mlp")
-            self.before(modules[common.HEADS], self.add_magnitudes, "attention")
+            self.before(modules[common.HEADS_AT], self.add_magnitudes, "attention")
             self.after(modules[family.attention_norm], self.add_magnitudes, "attn_ln")
             self.after(modules[family.feedforward_norm], self.add_magnitudes, "ffn_ln")
             for place in (common.ATTENTION_INPUT, common.FEEDFORWARD_INPUT):
@@ -462,7 +463,10 @@ class MomentHooks:
             self.hook(model.norm, self.stream(common.LM_HEAD, relative=True), before=True)
             return
         layer, self.stream_weight = model.layers[index], None
-        for stream, output in ((common.ATTENTION_INPUT, common.HEADS), (common.FEEDFORWARD_INPUT, common.NEURONS_AT)):
+        for stream, output in (
+            (common.ATTENTION_INPUT, common.HEADS_AT),
+            (common.FEEDFORWARD_INPUT, common.NEURONS_AT),
+        ):
             norm = family.input_norms.get(stream)
             self.hook(layer.get_submodule(norm or stream), self.stream(stream, relative=norm is not None), before=True)
             self.hook(layer.get_submodule(output), self.output(output, normed=output in family.output_norms))

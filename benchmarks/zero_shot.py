@@ -103,7 +103,7 @@ def aggregations(rows: torch.Tensor) -> dict[tuple[str, str], dict]:
     model = common.load_model(checkpoint, torch.float32, torch.device("cpu"), "MODEL").base_model
     family, seen = checkpoint.family, {}
     for index, layer in enumerate(model.layers):
-        for key, place in (("mlp", common.NEURONS_AT), ("attention", common.HEADS)):
+        for key, place in (("mlp", common.NEURONS_AT), ("attention", common.HEADS_AT)):
             hook = lambda module, args, name=(key, index): keep(name, args[0])  # noqa: E731
             layer.get_submodule(place).register_forward_pre_hook(hook)
         for norm in (family.attention_norm, family.feedforward_norm):
