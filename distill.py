@@ -491,7 +491,7 @@ def with_nan(metrics: dict) -> dict:
     return {key: math.nan if value is None else value for key, value in metrics.items()}
 
 
-def open_log(path: Path, checkpoint: Path | None, report_to: str | None, settings, constants: dict):
+def open_log(path: Path, checkpoint: Path | None, settings, record: dict):
     """A function `log(step, metrics)` that appends to metrics.jsonl and to the tracker that REPORT_TO names.
 
     A resumed run starts from the lines in its checkpoint, but for an evaluation at its very end, which it makes again.
@@ -501,9 +501,11 @@ def open_log(path: Path, checkpoint: Path | None, report_to: str | None, setting
         lines.pop()
     common.replace_file(path, lambda temporary: temporary.write_text("".join(lines)))
     tracker = None
-    if report_to is not None:
-        tracker = importlib.import_module(report_to)
-        tracker.init(project="pare", name=path.parent.name, config=constants)
+    if settings.report_to is not None:
+        tracker, name = importlib.import_module(settings.report_to), path.parent.name
+        more = {"id": f"{name}-{record['created'].replace(':', '-')}"} if settings.report_to == "wandb" else {}
+        resume = "allow" if checkpoint else "never"
+        tracker.init(project="pare", name=name, config=record["constants"], resume=resume, **more)
 
     def log(step: int, metrics: dict) -> None:
         metrics = without_nan(metrics)
@@ -867,6 +869,7 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
     latest = common.from_rank_0(open_output(output, record) if rank == 0 else None)
     torch.manual_seed(settings.seed)
     begun = read_json(latest / "pare.json") if latest else {}
+    record["created"] = begun.get("created", record["created"])
     # Sources are opened now, so that a mistake is found; they are packed, which can take long, after the rehearsal.
     pack = data.prepare_data(output / "data", teacher_checkpoint, settings, begun.get("data")) if rank == 0 else None
     settings.end_of_text = common.load_tokenizer(teacher_checkpoint, "TEACHER").eos_token_id
@@ -894,7 +897,7 @@ def run(output: Path, teacher_checkpoint, student_checkpoint, record: dict, sett
     log = lambda step, metrics: None  # noqa: E731
     if rank == 0:
         common.write_json(output / "pare.json", record | ({"step": first_step} if latest else {}))
-        log = open_log(metrics_path, latest, settings.report_to, settings, record["constants"])
+        log = open_log(metrics_path, latest, settings, record)
 
     def save(step: int, bad_steps: int) -> None:
         more = record | {"bad_steps": bad_steps, "hidden_weight": settings.hidden and settings.hidden.weight}

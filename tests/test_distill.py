@@ -1,9 +1,11 @@
 """The loss against float64, resuming after a kill, and what a run writes."""
 
+import importlib
 import json
 import math
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -369,13 +371,6 @@ def test_states_reach_the_lm_head_in_the_compute_dtype(checkpointing, pair, text
     assert states.shape == (3, 48)
 
 
-TRACKER = """
-calls = []
-def init(**constants): calls.append(constants)
-def log(metrics, step): calls.append((step, metrics))
-"""
-
-
 def test_the_next_batches_are_fetched_while_a_step_is_computed(pair, text, tmp_path, monkeypatch):
     fetched, step_batches, train_step = [threading.Event() for _ in range(3)], distill.step_batches, distill.train_step
 
@@ -393,17 +388,25 @@ def test_the_next_batches_are_fetched_while_a_step_is_computed(pair, text, tmp_p
     distilled(pair, text, tmp_path / "out", TRAIN_TOKENS=3 * 128)
 
 
-def test_report_to_logs_to_the_tracker(pair, text, tmp_path, monkeypatch):
-    """A stand-in package of the tracker's name records what it is given."""
-    (tmp_path / "trackio.py").write_text(
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_report_to_logs_to_the_tracker(name, pair, text, tmp_path, monkeypatch):
+    """A stand-in package of the tracker's name records what it is given; a run that goes on is the same one there."""
+    (tmp_path / f"{name}.py").write_text(
         "calls = []\ndef init(**k): calls.append(k)\ndef log(m, step): calls.append((step, m))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    distilled(pair, text, tmp_path / "out", REPORT_TO="trackio", TRAIN_TOKENS=128)
-    import trackio
-
-    assert trackio.calls[0]["config"]["TRAIN_TOKENS"] == 128
-    evaluated, stepped, _ = calls = trackio.calls[1:]
+    distilled(pair, text, tmp_path / "out", REPORT_TO=name, TRAIN_TOKENS=128)
+    tracker = importlib.import_module(name)
+    first, evaluated, stepped, _ = tracker.calls
+    calls = tracker.calls[1:]
+    shutil.rmtree(tmp_path / "out" / "model")
+    tracker.calls = []
+    time.sleep(1)  # another second, which is not the run's
+    distilled(pair, text, tmp_path / "out", REPORT_TO=name, TRAIN_TOKENS=128)
+    assert (first["name"], first["resume"], tracker.calls[0]["resume"]) == ("out", "never", "allow")
+    assert first.get("id") == tracker.calls[0].get("id")
+    assert ("id" in first) == (name == "wandb")
+    assert first["config"]["TRAIN_TOKENS"] == 128
     assert [step for step, _ in calls] == [0, 1, 1]
     assert evaluated[1]["held_out_kl"] > 0
     assert stepped[1]["loss"] > 0
