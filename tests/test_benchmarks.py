@@ -65,3 +65,29 @@ def test_flop_are_those_that_torch_counts():
     )
     ours = step_cost.forward_flop(config, model.base_model.layers, batch.position_ids) - 4 * 384 * pairs
     assert linear == 3 * ours
+
+
+ROWS = [  # of the table, as the benchmark calls them
+    *("random initialisation", "plain Minitron slicing", "default", "default, forward KL"),
+    *("default, KL + cross-entropy", "default, reverse KL", "default, cross-entropy", "half of the layers, plain"),
+    *("half of the layers, plain, hidden-state losses", "half of the layers, default"),
+    "half of the layers, default, hidden-state losses",
+]
+
+
+def test_the_table_of_recovery_is_that_of_the_benchmark(monkeypatch):
+    """Every cell from the lines that benchmarks/recovery.py wrote, whatever the versions installed here."""
+    monkeypatch.setattr(recovery, "describe", vars)
+    readme, mode = (ROOT / "README.md").read_text(), recovery.MODES["full"]
+    results = recovery.Results(ROOT, ROOT / "benchmarks" / "recovery.jsonl")
+    rates = {way: recovery.best_rate(way, mode, results) for way in recovery.WAYS}
+    section = readme[readme.index("## What distillation wins back") :].split("\n\nThe first three")[0]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
+    points = [float(cell) for cell in table[0][1:]]
+    assert len(table) == 12
+    for row, cells in zip(ROWS, table[1:], strict=True):
+        seeds = recovery.seeds_of(row, mode, rates, results)
+        for point, cell in zip(points, cells[1:], strict=True):
+            if cell:
+                mean = sum(recovery.kl_at(result, point) for result in seeds) / len(seeds)
+                assert cell == f"{mean:.3f}", (row, point)
