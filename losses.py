@@ -28,32 +28,32 @@ FLOOR = -1e30  # instead of a log-probability of -inf, where it is multiplied by
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One chunk: the sum of the losses and its gradient dL/dz (n, V), from log-probabilities (n, V) in float32 or better.
-# Both buffers may be overwritten.
+# Both are overwritten, and so is `spare` (n, V), if given: memory that the system need not find first.
 
 
-def forward_kl(p_log: torch.Tensor, q_log: torch.Tensor, labels, beta) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_kl(p_log: torch.Tensor, q_log: torch.Tensor, labels, beta, spare=None) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(q ‖ p), arXiv 2407.14679 §3. dL/dz = p - q."""
-    q = q_log.exp()
+    q = torch.exp(q_log, out=spare)
     loss = q_log.clamp_(min=FLOOR).sub_(p_log).mul_(q).sum()
     return loss, p_log.exp_().sub_(q)
 
 
-def reverse_kl(p_log: torch.Tensor, q_log: torch.Tensor, labels, beta) -> tuple[torch.Tensor, torch.Tensor]:
+def reverse_kl(p_log: torch.Tensor, q_log: torch.Tensor, labels, beta, spare=None) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(p ‖ q). dL/dz = p (log p - log q - KL(p ‖ q)). Infinite where the teacher rules out an entry."""
-    p = p_log.exp()
+    p = torch.exp(p_log, out=spare)
     difference = p_log.sub_(q_log)
     kl = torch.mul(p, difference, out=q_log).sum(-1, keepdim=True)
     return kl.sum(), difference.sub_(kl).mul_(p)
 
 
-def jsd(p_log: torch.Tensor, q_log: torch.Tensor, labels, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def jsd(p_log: torch.Tensor, q_log: torch.Tensor, labels, beta: float, spare=None) -> tuple[torch.Tensor, torch.Tensor]:
     """β KL(q ‖ m) + (1 - β) KL(p ‖ m) with the mixture m = β q + (1 - β) p, 0 < β < 1 (arXiv 2306.13649 eq. 1).
 
     With u = log p - log m: dL/dz = (1 - β) p (u - Σ p u). The mixture is never formed: with d = log q - log p,
     u = -log(1 + β (e^d - 1)) and log q - log m = u + d, each computed from the side where e^d does not overflow; so
     both are exact where p and q nearly agree.
     """
-    p, q = p_log.exp(), q_log.exp()
+    p, q = torch.exp(p_log, out=spare), q_log.exp()
     d = q_log.clamp_(min=FLOOR).sub_(p_log)
     weight = (d > 0).to(d.dtype).mul_(1 - 2 * beta).add_(beta)
     near = torch.abs(d, out=p_log).neg_().expm1_().mul_(weight).log1p_().neg_()
@@ -63,7 +63,7 @@ def jsd(p_log: torch.Tensor, q_log: torch.Tensor, labels, beta: float) -> tuple[
     return (1 - beta) * of_student.sum() + beta * of_teacher, u.sub_(of_student).mul_(p).mul_(1 - beta)
 
 
-def cross_entropy(p_log: torch.Tensor, q_log, labels: torch.Tensor, beta) -> tuple[torch.Tensor, torch.Tensor]:
+def cross_entropy(p_log: torch.Tensor, q_log, labels: torch.Tensor, beta, spare) -> tuple[torch.Tensor, torch.Tensor]:
     """-log p of the labels (n,). dL/dz = p - onehot."""
     here = torch.arange(len(labels), device=labels.device), labels
     loss = -p_log[here].sum()
@@ -72,10 +72,10 @@ def cross_entropy(p_log: torch.Tensor, q_log, labels: torch.Tensor, beta) -> tup
     return loss, gradient
 
 
-def forward_kl_and_cross_entropy(p_log: torch.Tensor, q_log: torch.Tensor, labels: torch.Tensor, beta) -> tuple:
+def forward_kl_and_cross_entropy(p_log: torch.Tensor, q_log: torch.Tensor, labels: torch.Tensor, beta, spare) -> tuple:
     """Their sum, which arXiv 2407.14679 Table 15 found worse than the KL alone. dL/dz = 2 p - q - onehot."""
     here = torch.arange(len(labels), device=labels.device), labels
-    q, loss = q_log.exp(), -p_log[here].sum()
+    q, loss = torch.exp(q_log, out=spare), -p_log[here].sum()
     loss += q_log.clamp_(min=FLOOR).sub_(p_log).mul_(q).sum()
     gradient = p_log.exp_().mul_(2).sub_(q)
     gradient[here] -= 1
@@ -108,13 +108,13 @@ def operand(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.is_cuda else tensor.to(dtype)
 
 
-def project(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """hidden (n, H) @ weight (V, H)ᵀ in `dtype`, without a rounding to a lower precision between."""
+def project(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, out=None) -> torch.Tensor:
+    """hidden (n, H) @ weight (V, H)ᵀ in `dtype`, not rounded to a lower precision between; in `out`, if given."""
     if hidden.dtype == weight.dtype == dtype:
-        return hidden @ weight.T
+        return torch.mm(hidden, weight.T, out=out)
     if hidden.is_cuda:
-        return torch.mm(hidden, weight.T, out_dtype=dtype)
-    return hidden.to(dtype) @ weight.to(dtype).T
+        return torch.mm(hidden, weight.T, out_dtype=dtype, out=out)
+    return torch.mm(hidden.to(dtype), weight.to(dtype).T, out=out)
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -131,19 +131,20 @@ def chunk_rows(chunk_bytes: int, vocab_size: int, dtype: torch.dtype, arrays: in
     return rows // 128 * 128 or rows
 
 
-def chunk_gradient(z, teacher_z, labels, chunk: Callable, temperature: float, beta: float, scale: float, out) -> tuple:
+def chunk_gradient(z, teacher_z, spare, labels, chunk: Callable, temperature: float, beta: float, scale, out) -> tuple:
     """Sum of the losses of a chunk from its logits (n, V) of student and teacher; its gradient times `scale` in `out`.
 
-    The caller keeps no reference to the logits, so that they are freed here.
+    With `spare`, as large as the logits, all but jsd's is made in these three: on a CPU new memory costs a third of a
+    matrix product. Without it, as compiled code does best, what is made is new.
     """
-    p_log = torch.log_softmax(z if temperature == 1 else z.div_(temperature), dim=-1)
-    del z
+    reuse = spare is not None
+    p_log = torch.log_softmax(z if temperature == 1 else z.div_(temperature), dim=-1, out=spare)
     q_log = None
     if teacher_z is not None:
-        q_log = torch.log_softmax(teacher_z if temperature == 1 else teacher_z.div_(temperature), dim=-1)
-        del teacher_z
-    total, gradient = chunk(p_log, q_log, labels, beta)
-    out.copy_(gradient.mul_(scale))
+        teacher_z = teacher_z if temperature == 1 else teacher_z.div_(temperature)
+        q_log = torch.log_softmax(teacher_z, dim=-1, out=z if reuse else None)
+    total, gradient = chunk(p_log, q_log, labels, beta, teacher_z if reuse else None)
+    torch.mul(gradient, scale, out=out)
     return total
 
 
@@ -179,14 +180,19 @@ class LogitLoss(torch.autograd.Function):
         width = -(-len(weight) // 64) * 64  # cuBLAS is slow with rows that do not start at whole 16 bytes
         large = max(small, chunk_rows(half, width, hidden.dtype, 1) // small * small)
         buffer = hidden.new_empty(min(large, len(hidden)), width)[:, : len(weight)]
+        number = 1 + loss.has_teacher + (not options["compile"])
+        logits = hidden.new_empty(number, min(small, len(hidden)), len(weight), dtype=dtype)
         for first in range(0, len(hidden), large):
             rows = slice(first, min(first + large, len(hidden)))
             gradients = buffer[: rows.stop - first]
             for start in range(first, rows.stop, small):
                 part = slice(start, min(start + small, rows.stop))
+                z, *more = logits[:, : part.stop - part.start]
+                teacher_z = more.pop(0) if loss.has_teacher else None
                 total += gradient_of(
-                    project(hidden[part], head, dtype),
-                    project(teacher_hidden[part], teacher_head, dtype) if loss.has_teacher else None,
+                    project(hidden[part], head, dtype, z),
+                    project(teacher_hidden[part], teacher_head, dtype, teacher_z) if loss.has_teacher else None,
+                    more[0] if more else None,
                     labels[part] if loss.has_labels else None,
                     loss.chunk,
                     temperature,

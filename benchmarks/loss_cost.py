@@ -128,7 +128,7 @@ def peak_of(name: str) -> int:
         while not done.wait(0.005):
             peak[0] = max(peak[0], resident_bytes())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     run(WAYS[name], inputs)
     done.set()
