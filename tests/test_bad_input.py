@@ -527,6 +527,7 @@ FILES = {  # what a user may give as a source, and what is in it
     '{"messages": null}\n{"messages": null}\n',
     "good.jsonl": '{"text": "a few words"}\n',
     "latin.jsonl": '{"text": "café"}\n',
+    "first.jsonl": '{"text": "some other words"}\n',
 }
 SOURCES = [  # (the source, what the message holds)
     ({"name": "no.jsonl"}, ["'no.jsonl' does not exist"]),
@@ -563,7 +564,7 @@ def test_sources_that_are_missing_or_wrong(number, constant, refused, tmp_path, 
         (tmp_path / name).write_text(content, encoding="latin-1" if name == "latin.jsonl" else "utf-8")
     source, parts = SOURCES[number]
     contains(refused(distill, **{constant: [source]}), f"{constant}: ", *parts)
-    contains(refused(distill, **{constant: [str(tmp_path / "good.jsonl"), source]}), f"{constant}: ", *parts)
+    contains(refused(distill, **{constant: [str(tmp_path / "first.jsonl"), source]}), f"{constant}: ", *parts)
 
 
 def test_lists_of_sources_that_are_none(refused, text):
@@ -574,13 +575,14 @@ def test_lists_of_sources_that_are_none(refused, text):
     contains(refused(distill, EVAL_DATASETS={"name": text}), "EVAL_DATASETS = ", "text or a list or None")
     contains(refused(distill, DATASETS=[text, {"name": text, "weight": 2}]), "DATASETS: ", "twice", "weight")
     contains(refused(distill, DATASETS=[text, {"name": text, "column": "text"}]), "DATASETS: ", "twice", "weight")
+    contains(refused(distill, DATASETS=[text, os.path.relpath(text)]), "DATASETS: ", "twice", "weight")
     contains(refused(distill, DATASETS="a\0b"), "DATASETS = ", "no path")
 
 
 def test_text_that_is_held_out_and_trained_on(refused, text):
-    for source in (text, {"name": text, "column": "text", "weight": 2}):
+    for source in (text, os.path.relpath(text), {"name": text, "column": "text", "weight": 2}):
         message = refused(distill, EVAL_DATASETS=["other.jsonl", source])
-        contains(message, "EVAL_DATASETS: ", text, "in DATASETS too", "EVAL_DATASETS = None")
+        contains(message, "EVAL_DATASETS: ", Path(text).name, "in DATASETS too", "EVAL_DATASETS = None")
 
 
 def test_a_disk_too_small_for_the_packed_text(refused, monkeypatch):
