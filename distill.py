@@ -91,6 +91,7 @@ DTYPE: str = "auto"  # auto | bfloat16 | float32: of the teacher and of the stud
 MAY_CHANGE_ON_RESUME = {"OUTPUT_DIR", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "MAX_BAD_STEPS", "REPORT_TO"}
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds from a signal to the launcher's kill; 30 are too few to save in
 LAUNCH = f"{SHUTDOWN}=1800 uv run accelerate launch"
+ONE_CTRL_C = 0.5  # seconds: `uv run` may pass on a signal that the process has received itself
 LARGEST_SEED = 2**32 - 1  # times a million and the epoch, it still fits into 64 bits
 
 
@@ -361,11 +362,14 @@ def enough_memory(teacher: common.Checkpoint, student: common.Checkpoint, settin
 def stop_signals() -> Iterator[list[int]]:
     """Collects SIGTERM, the first Ctrl-C and the end of a terminal instead of dying of them; a second Ctrl-C quits at
     once. A signal that is ignored (nohup) stays so."""
-    received = []
+    received, first = [], [0.0]
 
     def receive(number, frame):
         if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
+            if time.monotonic() - first[0] > ONE_CTRL_C:
+                raise KeyboardInterrupt
+            return
+        first[:] = [time.monotonic()]
         received.append(number)
         try:
             os.write(2, b"\nfinishing this step, then saving; Ctrl-C (again) quits at once\n")  # print is not reentrant
