@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -404,7 +405,7 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
         for step in range(first_step, settings.num_steps + 1):
             last = step == settings.num_steps
             # A step's checkpoint is older than its evaluation, which a run that continues from there makes again.
-            if last or step % settings.eval_every == 0:
+            if is_evaluated(step, settings):
                 figures = evaluate(student, teacher, held_out, settings, signals)
                 if figures:
                     log(step, figures)
@@ -464,6 +465,10 @@ def try_to_save(save, step: int, bad_steps: int, must: bool) -> bool:
     return not error
 
 
+def is_evaluated(step: int, settings) -> bool:
+    return step % settings.eval_every == 0 or step == settings.num_steps
+
+
 def any_process(received: list) -> bool:
     """True where one of the processes received a signal."""
     return bool(common.sum_over_processes(torch.tensor(len(received))))
@@ -498,16 +503,18 @@ def with_nan(metrics: dict) -> dict:
 def open_log(path: Path, checkpoint: Path | None, settings, record: dict):
     """A function `log(step, metrics)` that appends to metrics.jsonl and to the tracker that REPORT_TO names.
 
-    A resumed run starts from the lines in its checkpoint, but for an evaluation at its very end, which it makes again.
+    A resumed run starts from the lines in its checkpoint, but for an evaluation at its very end if it is made again.
     """
     lines = (checkpoint / "metrics.jsonl").read_text().splitlines(keepends=True) if checkpoint else []
-    if lines and "held_out_kl" in (last := json.loads(lines[-1])) and last["step"] == step_of(checkpoint):
+    if lines and "held_out_kl" in (last := json.loads(lines[-1])) and is_evaluated(last["step"], settings):
         lines.pop()
     common.replace_file(path, lambda temporary: temporary.write_text("".join(lines)))
     tracker = None
     if settings.report_to is not None:
-        tracker, name = importlib.import_module(settings.report_to), path.parent.name
-        more = {"id": f"{name}-{record['created'].replace(':', '-')}"} if settings.report_to == "wandb" else {}
+        tracker = importlib.import_module(settings.report_to)
+        # By its own name a run goes on there too; wandb knows it by an id, of these characters.
+        name = re.sub(r"[^\w.-]", "-", f"{path.parent.name}-{record['created']}")[-100:]
+        more = {"id": name} if settings.report_to == "wandb" else {}
         resume = "allow" if checkpoint else "never"
         tracker.init(project="pare", name=name, config=record["constants"], resume=resume, **more)
 

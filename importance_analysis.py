@@ -804,7 +804,13 @@ def score(checkpoint, rows: torch.Tensor, meta: dict, scores_path: Path, device,
     temporary = common.temporary_folder(moments)
     room = SECOND_MOMENTS and check_moments_room(files, moments, temporary)
     spread = world == 1 and ":" not in DEVICE and not common.fits_whole(checkpoint, dtype, device, "MODEL")
-    model = common.load_model(checkpoint, dtype, device, "MODEL", spread=spread)
+    try:
+        model = common.load_model(checkpoint, dtype, device, "MODEL", spread=spread)
+    except torch.OutOfMemoryError:
+        raise PareError(
+            f"MODEL = {MODEL!r} does not fit on {device} in {str(dtype)[6:]}. Take a larger device, or start one "
+            "process with DEVICE = 'auto', which spreads the model over all GPUs."
+        ) from None
     common.widen_window(model.config, SEQUENCE_LENGTH)
     run = meta | {"moments": None, "rank": rank, "world": world, "batch_size": BATCH_SIZE, "device": device.type}
     partial = scores_path.with_name(f".{scores_path.stem}.partial-{rank}-of-{world}.safetensors")
@@ -900,8 +906,7 @@ def analyse(script, scores_path: Path, rank: int) -> Path:
         scores, *halves = score(checkpoint, rows, identity | {"moments": moments}, scores_path, device, dtype)
     except torch.OutOfMemoryError:
         advice = f"Set BATCH_SIZE = {BATCH_SIZE // 2}." if BATCH_SIZE > 1 else "Lower SEQUENCE_LENGTH."
-        what = f"MODEL = {MODEL!r} with BATCH_SIZE = {BATCH_SIZE}"
-        raise PareError(f"{what} does not fit on {device}. {advice}") from None
+        raise PareError(f"BATCH_SIZE = {BATCH_SIZE} does not fit on {device}. {advice}") from None
     if not all_finite(scores):
         advice = "try DTYPE = 'float32'" if dtype != torch.float32 else "its weights are damaged"
         raise PareError(f"MODEL = {MODEL!r} gives activations that are not finite in {dtype}; {advice}.")

@@ -144,7 +144,10 @@ def chunk_gradient(z, teacher_z, spare, labels, chunk: Callable, temperature: fl
         teacher_z = teacher_z if temperature == 1 else teacher_z.div_(temperature)
         q_log = torch.log_softmax(teacher_z, dim=-1, out=z if reuse else None)
     total, gradient = chunk(p_log, q_log, labels, beta, teacher_z if reuse else None)
-    torch.mul(gradient, scale, out=out)
+    if reuse:
+        torch.mul(gradient, scale, out=out)
+    else:  # an `out` with gaps between its rows would cut the compiled graph in two
+        out.copy_(gradient.mul_(scale))
     return total
 
 

@@ -163,18 +163,22 @@ def memory_parts(teacher, student, settings, world: int) -> dict[str, int]:
     }
 
 
-def what_fits(teacher, student, settings, world: int, free: int) -> str | None:
+def what_fits(teacher, student, settings, world: int, free: int, continued: bool = False) -> str | None:
     """The first constants with which the peak is at most `free` bytes: smaller micro-batches, checkpointing, a teacher
-    in fewer bits or more processes, shorter rows, each tried with those before it; a step keeps its tokens. None where
-    nothing fits."""
-    rows, length = settings.micro_batch_size, settings.sequence_length
-    for tried_length, processes, bits, checkpointing, size in itertools.product(  # the last varies first
+    in fewer bits or more processes, shorter rows, each tried with those before it; a step keeps its tokens. A run that
+    is `continued` keeps its constants where more processes alone will do. None where nothing fits."""
+    rows, length, given = settings.micro_batch_size, settings.sequence_length, settings.teacher_quantization
+    projected = settings.hidden_loss and losses.what_was_kept(teacher, student)[0] is None
+    numbers = [world * 2**i for i in range(4 if settings.device.type == "cuda" and not projected else 1)]
+    tries = itertools.product(  # the last varies first
         [length, *(length // 2**i for i in range(1, 9) if length // 2**i >= SHORTEST)],
-        [world * 2**i for i in range(4 if settings.device.type == "cuda" else 1)],
-        [settings.teacher_quantization, *["8bit"] * (settings.teacher_quantization is None)],
+        numbers,
+        [given, "8bit" if given is None else None],
         sorted({settings.gradient_checkpointing, True}),
         [n for n in range(rows, 0, -1) if rows % n == 0],
-    ):
+    )
+    unchanged = [(length, number, given, settings.gradient_checkpointing, rows) for number in numbers * continued]
+    for tried_length, processes, bits, checkpointing, size in [*unchanged, *tries]:
         constants = {
             "MICRO_BATCH_SIZE": size,
             "GRADIENT_CHECKPOINTING": checkpointing,
@@ -187,7 +191,8 @@ def what_fits(teacher, student, settings, world: int, free: int) -> str | None:
         if possible and sum(memory_parts(teacher, student, tried, processes).values()) <= free:
             changed = [f"{n} = {value!r}" for n, value in constants.items() if value != getattr(settings, n.lower())]
             launch = f"{processes} GPUs (`uv run accelerate launch --num_processes {processes} distill.py`)"
-            return " and ".join(changed + [launch] * (processes > world))
+            elsewhere = ", in another OUTPUT_DIR, or free the device: a run continues with its own constants"
+            return " and ".join(changed + [launch] * (processes > world)) + elsewhere * bool(continued and changed)
     return None
 
 
@@ -218,11 +223,8 @@ def verdict(teacher, student, settings, world: int, needed: int, free: int, cont
 
 def advice(teacher, student, settings, world: int, free: int, continued: bool) -> str:
     """What to change where `free` bytes are not enough; a run that is `continued` may not change it."""
-    constants = what_fits(teacher, student, settings, world, free)
-    if not constants:
-        return f"Nothing of it fits into {free / 1e9:.1f} GB: take a larger device, or a smaller STUDENT or TEACHER."
-    elsewhere = ", in another OUTPUT_DIR, or free the device: a run continues with its own constants" * continued
-    return f"This would: {constants}{elsewhere}."
+    text = what_fits(teacher, student, settings, world, free, continued)
+    return f"This would: {text}." if text else "Take a larger device, or a smaller STUDENT or TEACHER."
 
 
 def print_preflight(teacher: common.Checkpoint, student: common.Checkpoint, settings, world: int) -> int:

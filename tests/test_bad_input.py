@@ -478,6 +478,16 @@ def test_student_and_teacher_with_different_vocabularies(refused, text, tmp_path
     contains(refused(distill, STUDENT=str(other)), "different vocabularies", str(size + 5), str(size))
 
 
+def test_a_model_that_no_batch_size_makes_fit(refused, monkeypatch):
+    def full(*args, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
+    message = refused(importance_analysis)
+    contains(message, "MODEL = ", "does not fit on cpu in float32", "DEVICE = 'auto'")
+    assert "BATCH_SIZE" not in message
+
+
 @pytest.mark.parametrize("script", [importance_analysis, distill])
 def test_a_tokenizer_with_more_tokens_than_the_model_has(script, refused, checkpoints, tmp_path):
     other = shutil.copytree(checkpoints["olmo3"], tmp_path / "other")

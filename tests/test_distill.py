@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import shutil
 import threading
 import time
@@ -395,17 +396,18 @@ def test_report_to_logs_to_the_tracker(name, pair, text, tmp_path, monkeypatch):
         "calls = []\ndef init(**k): calls.append(k)\ndef log(m, step): calls.append((step, m))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    distilled(pair, text, tmp_path / "out", REPORT_TO=name, TRAIN_TOKENS=128)
+    distilled(pair, text, tmp_path / "an odd=name", REPORT_TO=name, TRAIN_TOKENS=128)
     tracker = importlib.import_module(name)
     first, evaluated, stepped, _ = tracker.calls
     calls = tracker.calls[1:]
-    shutil.rmtree(tmp_path / "out" / "model")
+    shutil.rmtree(tmp_path / "an odd=name" / "model")
     tracker.calls = []
     time.sleep(1)  # another second, which is not the run's
-    distilled(pair, text, tmp_path / "out", REPORT_TO=name, TRAIN_TOKENS=128)
-    assert (first["name"], first["resume"], tracker.calls[0]["resume"]) == ("out", "never", "allow")
-    assert first.get("id") == tracker.calls[0].get("id")
-    assert ("id" in first) == (name == "wandb")
+    distilled(pair, text, tmp_path / "an odd=name", REPORT_TO=name, TRAIN_TOKENS=128)
+    assert (first["resume"], tracker.calls[0]["resume"]) == ("never", "allow")
+    assert re.fullmatch(r"an-odd-name-20[\d-]+T[\d-]+Z", first["name"])
+    assert first["name"] == tracker.calls[0]["name"]
+    assert first.get("id") == tracker.calls[0].get("id") == (first["name"] if name == "wandb" else None)
     assert first["config"]["TRAIN_TOKENS"] == 128
     assert [step for step, _ in calls] == [0, 1, 1]
     assert evaluated[1]["held_out_kl"] > 0

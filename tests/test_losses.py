@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import needs_gpu
 from test_preflight import Live
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
@@ -217,6 +218,21 @@ def test_jsd_between_disjoint_distributions_does_not_overflow():
     loss, gradient = losses.jsd(z.log_softmax(-1), other.log_softmax(-1), None, 0.5)
     assert loss.item() == pytest.approx(0.6931472, rel=1e-6)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", losses.LOSSES)
+def test_a_chunk_compiles_to_one_graph(kind):
+    """Also where rows of the gradient are padded: in two, the gradient would be written and read once more."""
+    torch._dynamo.reset()
+    counters.clear()
+    inputs, labels = loss_inputs()
+    options = {"denominator": 9, "chunk_bytes": 30_000, "compile": True}
+    with pytest.MonkeyPatch.context() as patch:
+        compiled = torch.compile(losses.chunk_gradient, dynamic=True, backend="eager")
+        patch.setattr(losses, "compiled_chunk_gradient", lambda: compiled)
+        chunked(kind, [tensor.float() for tensor in inputs], labels, **options)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
 
 
 def test_compiled_equals_eager():

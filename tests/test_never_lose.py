@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,17 @@ def test_a_signal_during_an_evaluation_cuts_it_off(step, saved, undisturbed, run
     assert sorted(path.name for path in output.glob("checkpoints/*")) == [f"step-{n:08d}" for n in saved]
     run()
     assert bits(output) == bits(undisturbed)
+
+
+@pytest.mark.parametrize(("every", "kept"), [(3, 0), (6, 0), (4, 1)])
+def test_an_evaluation_is_kept_where_it_is_not_made_again(every, kept, unfinished, tmp_path):
+    """EVAL_EVERY may change when a run continues."""
+    checkpoint = unfinished / "checkpoints" / "step-00000006"
+    evaluation = json.dumps({"step": 6, "held_out_kl": 1.0}) + "\n"
+    (checkpoint / "metrics.jsonl").write_text(json.dumps({"step": 6, "loss": 1.0}) + "\n" + evaluation)
+    settings = SimpleNamespace(eval_every=every, num_steps=NUM_STEPS, report_to=None)
+    distill.open_log(tmp_path / "metrics.jsonl", checkpoint, settings, {})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1 + kept
 
 
 @pytest.mark.parametrize(("step", "saved"), [(3, [2, 3]), (6, [4, 6]), (NUM_STEPS, [6, NUM_STEPS])])

@@ -303,11 +303,22 @@ def test_what_fits_is_said_to_fit():
     assert preflight.verdict(*models, settings, 1, 80, 100) == "fits"
     assert preflight.verdict(*models, settings, 1, 95, 100) == "fits, with less than a tenth to spare"
     assert preflight.verdict(*models, settings, 1, 101, 100).endswith(
-        "take a larger device, or a smaller STUDENT or TEACHER."
+        "Take a larger device, or a smaller STUDENT or TEACHER."
     )
-    said = preflight.verdict(*models, settings_for(MICRO_BATCH_SIZE=4), 1, 10**12, 25 * 10**9, continued=True)
+    said = preflight.verdict(*models, settings_for(MICRO_BATCH_SIZE=4), 1, 10**12, 25 * 10**9, True)
     elsewhere = ", in another OUTPUT_DIR, or free the device: a run continues with its own constants."
     assert said.endswith(f"MICRO_BATCH_SIZE = 1{elsewhere}")
+    said = preflight.verdict(*models, settings_for("cuda", MICRO_BATCH_SIZE=4), 1, 10**12, 25 * 10**9, True)
+    assert said.endswith("This would: 4 GPUs (`uv run accelerate launch --num_processes 4 distill.py`).")  # it may have
+
+
+def test_more_gpus_are_for_a_teacher_in_bfloat16_and_not_for_a_projection(tmp_path):
+    models, settings = [checkpoint(config) for config in olmo(32)], settings_for("cuda")
+    settings.teacher_quantization = "8bit"
+    assert preflight.what_fits(*models, settings, 1, 50 * 10**9).startswith("TEACHER_QUANTIZATION = None and 2 GPUs")
+    settings = settings_for("cuda", HIDDEN_LOSS=True)
+    models[1].folder = tmp_path  # without a record of what it kept
+    assert "GPUs" not in str(preflight.what_fits(*models, settings, 1, 50 * 10**9))
 
 
 @pytest.mark.parametrize(
