@@ -538,7 +538,7 @@ def check_room(folder: Path, num_rows: int, length: int, settings) -> None:
     needed = math.ceil(num_rows * length * BYTES_PER_TOKEN)
     free = shutil.disk_usage(common.existing_parent(folder)).free
     print(
-        f"packing text into {folder}: at most {num_rows:,} rows of {length} tokens, {needed / 1e9:.2f} GB; "
+        f"text to pack into {folder}: at most {num_rows:,} rows of {length} tokens, {needed / 1e9:.2f} GB; "
         f"{free / 1e9:.2f} GB are free"
     )
     if free < needed + SPARE_BYTES:
