@@ -528,7 +528,7 @@ def download_checkpoint(name: str, revision: str | None, constant: str, wanted: 
             f"{constant} = {name!r} is neither a folder here nor a model on the Hub (or it is private: "
             f"`uv run hf auth login`)."
         ) from None
-    except Exception as error:  # network, proxy and transfer libraries each raise their own
+    except (OSError, ValueError, RuntimeError, errors.HTTPError) as error:
         raise PareError(
             f"{constant} = {name!r} is not a folder here, and the Hub could not be reached or gave an error "
             f"({first_line(error)}).\n{LOCAL_OR_DEMO}"

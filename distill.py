@@ -410,7 +410,7 @@ def train(student, teacher, held_out, rows, optimizer, first_step: int, bad_step
                 if figures:
                     log(step, figures)
                 stopped = any_process(signals)
-            stopped = stopped or (alone and any_process(signals))  # several agree in the sums of a step
+            stopped = stopped or (alone and bool(signals))  # several agree in the sums of a step
             if stopped and on_disk < step:
                 try_to_save(save, step, bad_steps, must=True)
             if stopped or last:

@@ -183,19 +183,20 @@ class LogitLoss(torch.autograd.Function):
         width = -(-len(weight) // 64) * 64  # cuBLAS is slow with rows that do not start at whole 16 bytes
         large = max(small, chunk_rows(half, width, hidden.dtype, 1) // small * small)
         buffer = hidden.new_empty(min(large, len(hidden)), width)[:, : len(weight)]
-        number = 1 + loss.has_teacher + (not options["compile"])
-        logits = hidden.new_empty(number, min(small, len(hidden)), len(weight), dtype=dtype)
+        z, teacher_z, spare = (
+            hidden.new_empty(min(small, len(hidden)), len(weight), dtype=dtype) if wanted else None
+            for wanted in (True, loss.has_teacher, not options["compile"])
+        )
         for first in range(0, len(hidden), large):
             rows = slice(first, min(first + large, len(hidden)))
             gradients = buffer[: rows.stop - first]
             for start in range(first, rows.stop, small):
                 part = slice(start, min(start + small, rows.stop))
-                z, *more = logits[:, : part.stop - part.start]
-                teacher_z = more.pop(0) if loss.has_teacher else None
+                size = part.stop - part.start
                 total += gradient_of(
-                    project(hidden[part], head, dtype, z),
-                    project(teacher_hidden[part], teacher_head, dtype, teacher_z) if loss.has_teacher else None,
-                    more[0] if more else None,
+                    project(hidden[part], head, dtype, z[:size]),
+                    project(teacher_hidden[part], teacher_head, dtype, teacher_z[:size]) if loss.has_teacher else None,
+                    None if spare is None else spare[:size],
                     labels[part] if loss.has_labels else None,
                     loss.chunk,
                     temperature,

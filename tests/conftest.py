@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -248,6 +249,14 @@ def one_document_rows(ids: torch.Tensor, counted=True) -> data.Batch:
 
 def some_ids(vocab_size: int, shape=(3, 30), seed: int = 5) -> torch.Tensor:
     return torch.randint(2, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def documented_metrics() -> set[str]:
+    """The keys of metrics.jsonl that the README explains."""
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("Each line of `metrics.jsonl`") :].split("\n\n`TEACHER_QUANTIZATION")[0]
+    rows = re.findall(r"^\| (`.*?`) \|", section, flags=re.MULTILINE)
+    return {"step", "tokens"} | {key for row in rows for key in row.split("`")[1::2]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

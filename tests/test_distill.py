@@ -17,6 +17,7 @@ from conftest import (
     DOCUMENTS,
     build_tokenizer,
     configure,
+    documented_metrics,
     load,
     one_document_rows,
     random_model,
@@ -176,6 +177,7 @@ def test_a_run_learns_and_records(finished):
     last = evaluated[-1]
     assert last["held_out_perplexity"] == pytest.approx(math.exp(last["held_out_loss"]))
     assert 0 <= last["held_out_agreement"] <= 1
+    assert {key for line in lines for key in line} <= documented_metrics()
     assert steps[-1]["learning_rate"] == pytest.approx(1e-4)
     assert max(line["learning_rate"] for line in steps) == pytest.approx(3e-3)
     assert (output / "curves.png").read_bytes()[:4] == b"\x89PNG"

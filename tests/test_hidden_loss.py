@@ -12,6 +12,7 @@ from conftest import (
     analyse,
     checkpoint_layers,
     cut,
+    documented_metrics,
     load,
     one_document_rows,
     random_model,
@@ -347,6 +348,7 @@ def check_figures(output) -> None:
     """The weight of a step is the ratio of the step before, and 0 in the first."""
     steps = [line for line in lines_of(output) if "loss" in line]
     assert len(steps) == 6
+    assert steps[0].keys() <= documented_metrics()
     assert [step["hidden_weight"] for step in steps] == [0.0, *(s["loss"] / s["hidden_loss"] for s in steps[:-1])]
 
 

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, configure, load, save_checkpoint
+from conftest import ROOT, configure, documented_metrics, load, save_checkpoint
 from safetensors.torch import load_file
 from test_distill import run_constants
 
@@ -734,6 +734,7 @@ def test_bad_steps_are_skipped_and_counted(alone, run, poison, tmp_path):
     assert [line["loss"] is None for line in lines] == [not alone and "bad_steps" in line for line in lines]
     assert [line["gradient_norm"] is None for line in lines] == ["bad_steps" in line for line in lines]
     assert lines[3]["rows"] == data.row_indices(3, 4, 32, 0)
+    assert lines[3].keys() <= documented_metrics()
     state = load_file(tmp_path / "out" / "checkpoints" / LAST / "optimizer.safetensors")
     assert {value.item() for name, value in state.items() if name.endswith(".step")} == {NUM_STEPS - 3}
     assert json.loads((tmp_path / "out" / "model" / "pare.json").read_text())["after"]["held_out_kl"] > 0

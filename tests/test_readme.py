@@ -4,7 +4,7 @@ import re
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, documented_metrics
 from test_preflight import checkpoint, olmo, settings_for
 
 import attention
@@ -64,30 +64,11 @@ def test_the_keys_of_a_source_are_in_the_table():
     assert [default for _, default in rows[1:]] == [f"`{defaults[key]!r}`" for key, _ in rows[1:]]
 
 
-def test_the_keys_of_metrics_are_in_the_table():
-    section = README[README.index("Each line of `metrics.jsonl`") :].split("\n\n`TEACHER_QUANTIZATION")[0]
-    documented = {
-        key for row in re.findall(r"^\| (`.*?`) \|", section, flags=re.MULTILINE) for key in row.split("`")[1::2]
-    }
-    assert documented == METRICS
+def test_the_keys_of_metrics_in_the_table_exist():
+    """That every key is in the table is seen where runs are made: test_distill.py, hidden_loss, never_lose."""
     source = (ROOT / "distill.py").read_text() + (ROOT / "losses.py").read_text()
-    assert all(f'"{key}"' in source for key in documented)
-
-
-METRICS = {
-    *(
-        "loss",
-        "gradient_norm",
-        "learning_rate",
-        "tokens_per_second",
-        "hidden_loss",
-        "hidden_weight",
-        "bad_steps",
-        "rows",
-    ),
-    *("held_out_kl", "held_out_loss", "held_out_perplexity", "held_out_agreement", "held_out_kl_by_position"),
-    *("held_out_end_of_text", "teacher_end_of_text", "teacher_loss", "teacher_entropy"),
-}
+    assert len(documented_metrics()) > 15
+    assert all(f'"{key}"' in source for key in documented_metrics())
 
 
 PROMISES = """

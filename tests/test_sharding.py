@@ -133,17 +133,21 @@ def test_a_run_goes_on_with_another_number_of_processes(first, runs, launch, tmp
     assert_same_run(output, Path(one["OUTPUT_DIR"]), rel=2e-5)
 
 
-# Of two processes, a signal reaches the second in a step, or the disk of the first is full for some saves.
+# Of two processes, a signal reaches the second in a step; the disk of the first is full for some saves, or it finds
+# weights that may not be saved.
 DISTURB = """
-import distill, resource, signal, sys
+import checkpoints, distill, resource, signal, sys, torch
 sys.argv = ["distill.py", "LEARNING_RATE=0.003"]
-step, save, rank, disturbed = distill.train_step, distill.save_checkpoint, int(os.environ["RANK"]), {}
+step, save, check = distill.train_step, distill.save_checkpoint, checkpoints.check_finite
+rank, disturbed = int(os.environ["RANK"]), {}
 def train_step(student, teacher, batches, optimizer, number, *more):
     if (rank, number) == (1, disturbed.get("signal at")):
         os.kill(os.getpid(), signal.SIGTERM)
     return step(student, teacher, batches, optimizer, number, *more)
 def save_checkpoint(root, number, *more):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    poison = {"weight": torch.tensor(torch.nan)} if number in disturbed.get("not finite at", []) else {}
+    checkpoints.check_finite = lambda tensors, what: check(tensors | poison, what)
     if rank == 0 and number in disturbed.get("full at", []):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
@@ -160,6 +164,7 @@ distill.train_step, distill.save_checkpoint = train_step, save_checkpoint
         ({"signal at": 3}, [0, 0], "1800 uv run accelerate launch --num_processes 2 distill.py LEARNING_RATE=0.003"),
         ({"full at": [2]}, [0, 0], "Training goes on to the next save"),
         ({"full at": [2, 4]}, [3, 3], "the checkpoint of step 4 could not be written"),
+        ({"not finite at": [4]}, [3, 3], "weight holds values that are not finite"),
     ],
 )
 def test_two_processes_stop_together_and_go_on_to_the_same_bits(
