@@ -161,7 +161,7 @@ distill.train_step, distill.save_checkpoint = train_step, save_checkpoint
 @pytest.mark.parametrize(
     ("disturbed", "codes", "said"),
     [
-        ({"signal at": 3}, [0, 0], "1800 uv run accelerate launch --num_processes 2 distill.py LEARNING_RATE=0.003"),
+        ({"signal at": 2}, [0, 0], "1800 uv run accelerate launch --num_processes 2 distill.py LEARNING_RATE=0.003"),
         ({"full at": [2]}, [0, 0], "Training goes on to the next save"),
         ({"full at": [2, 4]}, [3, 3], "the checkpoint of step 4 could not be written"),
         ({"not finite at": [4]}, [3, 3], "weight holds values that are not finite"),
@@ -178,6 +178,8 @@ def test_two_processes_stop_together_and_go_on_to_the_same_bits(
         assert "Stopped" not in printed
     else:
         assert not (tmp_path / "out" / "model").exists()
+        # The step of the signal is the last: it is neither evaluated nor due to be saved.
+        assert (tmp_path / "out" / "checkpoints" / "step-00000003").exists() == ("signal at" in disturbed)
         assert launch(constants)[0] == [0, 0]
     assert bits(tmp_path / "out") == undisturbed
 
